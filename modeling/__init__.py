@@ -1,0 +1,1 @@
+"""The remote code of a MEO model: every converted repository carries these files."""

@@ -1,0 +1,178 @@
+"""The validated `meo` block, and `Meo<Base>Config` classes made on demand from Transformers' configs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from .errors_meo import MeoConfigError
+from .families_meo import LEVELS, family_of
+from .remote_meo import auto_map, write_code_files
+
+SCHEMA_VERSION = 1
+GATE_SCOPES = ("ffn", "projection")
+COMBINES = ("weights", "outputs")
+ROUTERS = ("noisy_top_k", "top_k")
+
+
+@dataclass
+class MeoSettings:
+    """The `meo` block of a config, typed.
+
+    `level` None means the family's default. `layers` lists the converted layers of each stack, None for all.
+    `default_task` is the task of a batch that carries no `task_ids`. `source` holds id and commit of the
+    dense checkpoint, `meo_hf_version` the version that wrote the block.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    level: str | None = None
+    num_experts: int = 8
+    top_k: int = 2
+    gate_scope: str = "ffn"
+    combine: str = "weights"
+    router: str = "noisy_top_k"
+    balance_loss: float = 0.01
+    token_reduction: int = 64
+    layers: list[int] | None = None
+    tasks: list[str] = field(default_factory=lambda: ["default"])
+    default_task: str | None = None
+    source: dict[str, str | None] | None = None
+    meo_hf_version: str | None = None
+
+    @classmethod
+    def from_dict(cls, block: dict[str, Any] | None) -> MeoSettings:
+        """Read a block; raises MeoConfigError for a newer schema, an unknown key or a bad value."""
+        block = dict(block or {})
+        version = block.get("schema_version", SCHEMA_VERSION)
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise MeoConfigError(
+                f"this `meo` block has schema version {version}, this code reads up to {SCHEMA_VERSION}: "
+                "load the model with the code in its own repository (trust_remote_code=True) or update meo_hf"
+            )
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(block) - known):
+            raise MeoConfigError(f"unknown key(s) in the `meo` block: {unknown}; allowed: {sorted(known)}")
+        settings = cls(**block)
+        settings.validate()
+        return settings
+
+    def validate(self) -> None:
+        """Raise MeoConfigError where a value is not allowed."""
+        _one_of("gate_scope", self.gate_scope, GATE_SCOPES)
+        _one_of("combine", self.combine, COMBINES)
+        _one_of("router", self.router, ROUTERS)
+        _one_of("level", self.level, (None, "sequence", "token", "task"))
+        _at_least("num_experts", self.num_experts, 1)
+        _at_least("top_k", self.top_k, 1)
+        _at_least("token_reduction", self.token_reduction, 1)
+        if self.top_k > self.num_experts:
+            raise MeoConfigError(f"top_k is {self.top_k}, more than num_experts ({self.num_experts}); lower one")
+        if not isinstance(self.balance_loss, (int, float)) or self.balance_loss < 0:
+            raise MeoConfigError(f"balance_loss is {self.balance_loss!r}; give a number >= 0 (0 switches it off)")
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise MeoConfigError(f"tasks is {self.tasks!r}; give at least one name, each once")
+        if self.default_task is not None and self.default_task not in self.tasks:
+            raise MeoConfigError(f"default_task {self.default_task!r} is not one of the tasks {self.tasks}")
+        if self.layers is not None and (not self.layers or any(i < 0 for i in self.layers)):
+            raise MeoConfigError(f"layers is {self.layers!r}; give indices >= 0, or null for all layers")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the block as plain JSON values."""
+        return asdict(self)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise MeoConfigError(f"{name} is {value!r}; allowed: {', '.join(str(a) for a in allowed)}")
+
+
+def _at_least(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise MeoConfigError(f"{name} is {value!r}; give a whole number >= {low}")
+
+
+def settings_of(config: PreTrainedConfig) -> MeoSettings:
+    """Return the settings of a MEO config with its level filled in.
+
+    Raises MeoConfigError where the family, as configured, cannot take the level: a gate reads only what is
+    known before the first token it influences, so a causal stack cannot pool its own sequence.
+    """
+    settings = MeoSettings.from_dict(config.meo)
+    family = family_of(config.model_type)
+    settings.level = settings.level or family.default_level
+    check_level(config, settings.level)
+    return settings
+
+
+def check_level(config: PreTrainedConfig, level: str) -> None:
+    """Raise MeoConfigError if a family, as configured, cannot take a level."""
+    family = family_of(config.model_type)
+    allowed = LEVELS[family.kind]
+    causal = family.kind == "encoder" and getattr(config, "is_decoder", False)
+    if causal:
+        allowed = LEVELS["decoder"]
+    if level not in allowed:
+        why = "is a causal decoder, whose gate may not read later tokens" if allowed == ("task",) else ""
+        why = why or f"is an {family.kind}"
+        raise MeoConfigError(
+            f"level {level!r} is not possible for {config.model_type.removeprefix('meo_')}, which {why}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+class MeoConfigMixin:
+    """What a MEO config adds to its Transformers config: the `meo` block, and saving that carries the code."""
+
+    meo: dict[str, Any] | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.meo = MeoSettings.from_dict(self.meo).to_dict() if self.meo else None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the config; a `meo` keyword overrides single keys of the stored block."""
+        if overrides := kwargs.pop("meo", None):
+            config_dict = {**config_dict, "meo": {**(config_dict.get("meo") or {}), **overrides}}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save config.json with the full `auto_map`, and all remote-code files beside it."""
+        if self.meo:
+            MeoSettings.from_dict(self.meo)
+        os.makedirs(save_directory, exist_ok=True)
+        write_code_files(save_directory)
+        self.auto_map = auto_map(type(self).__name__, self.model_type.removeprefix("meo_"))  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def meo_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the MEO config class of a Transformers config class, made once."""
+    name = f"Meo{base.__name__}"
+    if name not in globals():
+        family_of(base.model_type)
+        globals()[name] = type(
+            name,
+            (MeoConfigMixin, base),
+            {
+                "__module__": __name__,
+                "__qualname__": name,
+                "__doc__": f"`{base.__name__}` with a `meo` block.",
+                "__annotations__": {"meo": "dict[str, Any] | None"},
+                "meo": None,
+                "model_type": f"meo_{base.model_type}",
+                "keys_to_ignore_at_inference": [*getattr(base, "keys_to_ignore_at_inference", []), "aux_loss"],
+            },
+        )
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    base = getattr(transformers, name[3:], None) if name.startswith("Meo") else None
+    if not isinstance(base, type) or not issubclass(base, PreTrainedConfig):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return meo_config_class(base)

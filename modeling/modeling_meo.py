@@ -1,0 +1,191 @@
+"""`Meo<Class>` on demand: every Transformers class of a known family, with merged feed-forwards."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_meo import meo_config_class, settings_of
+from .errors_meo import MeoConfigError
+from .families_meo import FAMILIES, family_of
+from .feedforward_meo import merged_feed_forwards, replace_blocks
+from .routing_meo import RoutingContext, install_hooks
+
+_LABELS = ("labels", "start_positions", "next_sentence_label", "mc_labels")
+
+
+class MeoModelMixin:
+    """What a MEO model adds to its Transformers class."""
+
+    config: Any
+    _meo_context: RoutingContext
+
+    def post_init(self) -> None:
+        """Swap the feed-forwards in before Transformers initialises and ties weights."""
+        settings = settings_of(self.config)
+        context = RoutingContext()
+        replace_blocks(self, family_of(self.config.model_type), settings, context)  # type: ignore[arg-type]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, PreTrainedModel):
+                install_hooks(module, context)
+        self._meo_tasks = list(settings.tasks)
+        if settings.default_task is not None:
+            context.task = self._meo_tasks.index(settings.default_task)
+        super().post_init()  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint filled, the merged feed-forwards like their dense originals."""
+        super().initialize_weights()  # type: ignore[misc]
+        for _, module in merged_feed_forwards(self):  # type: ignore[arg-type]
+            module.initialize(self._init_weights)  # type: ignore[attr-defined]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say no: for custom code Transformers would leave some heads of the stock class uninitialised."""
+        return False
+
+    def set_task(self, task: str | None) -> None:
+        """Fix one task for all rows of later batches without `task_ids`; None goes back to the config's.
+
+        Saved with the config, so that a pipeline on the saved model uses it. Raises MeoConfigError for an
+        unknown name or a level other than `task`.
+        """
+        settings = settings_of(self.config)
+        if settings.level != "task":
+            raise MeoConfigError(f"set_task needs level 'task'; this model has level {settings.level!r}")
+        if task is not None and task not in settings.tasks:
+            raise MeoConfigError(f"unknown task {task!r}; this model has: {', '.join(settings.tasks)}")
+        self._meo_context.task = None if task is None else settings.tasks.index(task)
+        self.config.meo = {**settings.to_dict(), "default_task": task}
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = torch.utils.checkpoint.checkpoint,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Keep each layer's routing call for its recomputation in backward."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant") and settings_of(self.config).balance_loss:
+            raise MeoConfigError(
+                "reentrant gradient checkpointing drops the gradient of the balance loss: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set balance_loss to 0"
+            )
+        context = self._meo_context
+
+        def checkpointed(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling():  # the graph is replayed, not this Python
+                return gradient_checkpointing_func(function, *inputs, **options)
+            call = context.current
+
+            def again(*inputs: Any, **options: Any) -> Any:
+                current, context.current = context.current, call
+                try:
+                    return function(*inputs, **options)
+                finally:
+                    context.current = current
+
+            return gradient_checkpointing_func(again, *inputs, **options)
+
+        super()._set_gradient_checkpointing(enable, checkpointed, *args, **kwargs)  # type: ignore[misc]
+
+    def _add_balance_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
+        """Add the balance loss to the task loss, in training and where labels gave one.
+
+        With `num_items_in_batch` the Trainer sums losses over accumulation steps, so this batch contributes
+        its share of the items; without it the Trainer averages.
+        """
+        call = self._meo_context.current
+        if not self.training or call is None or not call.balance:  # type: ignore[attr-defined]
+            return outputs
+        if all(arguments.get(name) is None for name in _LABELS):
+            return outputs
+        device = next(self.parameters()).device  # type: ignore[attr-defined]
+        aux_loss = torch.stack([loss.to(device) for loss in call.balance]).sum()
+        items, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
+        if items is not None and isinstance(labels, Tensor):
+            aux_loss = aux_loss * (self._label_count(labels) / items)
+        if isinstance(outputs, ModelOutput):
+            outputs["loss"] = outputs["loss"] + aux_loss.to(outputs["loss"].device)
+            outputs["aux_loss"] = aux_loss.detach()
+            return outputs
+        return (outputs[0] + aux_loss.to(outputs[0].device), *outputs[1:])
+
+    def _label_count(self, labels: Tensor) -> Tensor:
+        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder  # type: ignore[attr-defined]
+        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+
+class MeoGenerationMixin(MeoModelMixin):
+    """The mixin of classes that generate; its name keeps Transformers from building a second class."""
+
+
+def _routed_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward with the base's signature plus `task_ids`, which the routing hooks have taken already."""
+    signature = inspect.signature(base_forward)
+
+    @functools.wraps(base_forward)
+    def forward(self: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        outputs = base_forward(self, *args, **kwargs)
+        names = list(signature.parameters)[1:]
+        return self._add_balance_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    parameters = list(signature.parameters.values())
+    added = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
+    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    parameters.insert(at, added)
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+def _share_conversions(stock: str, made: str) -> None:
+    """Load and save under the names on disk that Transformers maps for the stock class or model type."""
+    mapping = get_checkpoint_conversion_mapping(stock)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(made, mapping, overwrite=True)
+
+
+def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the MEO class of a Transformers model class, made once."""
+    name = f"Meo{base.__name__}"
+    if name not in globals():
+        config_class = meo_config_class(base.config_class)
+        family = family_of(config_class.model_type)
+        _share_conversions(base.__name__, name)
+        _share_conversions(base.config_class.model_type, config_class.model_type)
+        mixin = MeoGenerationMixin if issubclass(base, GenerationMixin) else MeoModelMixin
+        in_fp32 = list(base._keep_in_fp32_modules or [])
+        globals()[name] = type(
+            name,
+            (mixin, base),
+            {
+                "__module__": __name__,
+                "__qualname__": name,
+                "__doc__": f"`{base.__name__}` whose feed-forwards merge experts into one.",
+                "config_class": config_class,
+                "forward": _routed_forward(base.forward),
+                "_keep_in_fp32_modules": in_fp32 + ["down_proj"] * (family.down in in_fp32),
+            },
+        )
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    base = getattr(transformers, name[3:], None) if name.startswith("Meo") else None
+    known = isinstance(base, type) and issubclass(base, PreTrainedModel)
+    if not known or getattr(base.config_class, "model_type", None) not in FAMILIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return meo_model_class(base)
