@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from transformers import PreTrainedConfig
@@ -128,8 +129,11 @@ class MeoConfigMixin:
     """What a MEO config adds to its Transformers config: the `meo` block, and saving that carries the code."""
 
     meo: dict[str, Any] | None
+    on_create: ClassVar[Callable[[type], None] | None] = None  # where meo_hf is installed: registers the models
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if MeoConfigMixin.on_create is not None:
+            MeoConfigMixin.on_create(type(self))
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.meo = MeoSettings.from_dict(self.meo).to_dict() if self.meo else None
 

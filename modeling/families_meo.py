@@ -44,44 +44,44 @@ class Family:
 
 
 _TIED = (True, False)
-_BERT = dict(
-    up=(("intermediate.dense",),),
-    down="output.dense",
-    activation="intermediate.intermediate_act_fn",
-    hosted=True,
-    switches={
+_BERT = {
+    "up": (("intermediate.dense",),),
+    "down": "output.dense",
+    "activation": "intermediate.intermediate_act_fn",
+    "hosted": True,
+    "switches": {
         "hidden_act": ("gelu", "relu"),
         "chunk_size_feed_forward": (0, 2),
         "tie_word_embeddings": _TIED,
         "hidden_dropout_prob": (0.0, 0.1),
     },
-)
-_BART = dict(
-    up=(("fc1",),),
-    down="fc2",
-    activation="activation_fn",
-    dropout="activation_dropout",
-    hosted=True,
-    switches={
+}
+_BART = {
+    "up": (("fc1",),),
+    "down": "fc2",
+    "activation": "activation_fn",
+    "dropout": "activation_dropout",
+    "hosted": True,
+    "switches": {
         "activation_function": ("gelu", "relu"),
         "activation_dropout": (0.0, 0.1),
         "tie_word_embeddings": _TIED,
         "scale_embedding": (True, False),
     },
-)
-_T5 = dict(
-    up=(("wi",), ("wi_0", "wi_1")),
-    down="wo",
-    activation="act",
-    dropout="dropout",
-    switches={
+}
+_T5 = {
+    "up": (("wi",), ("wi_0", "wi_1")),
+    "down": "wo",
+    "activation": "act",
+    "dropout": "dropout",
+    "switches": {
         "feed_forward_proj": ("relu", "gated-gelu"),
         "dropout_rate": (0.0, 0.1),
         "tie_word_embeddings": _TIED,
     },
-)
-_LLAMA = dict(up=(("gate_proj", "up_proj"),), down="down_proj", activation="act_fn")
-_PHI3 = dict(up=(("gate_up_proj",),), down="down_proj", activation="activation_fn", fused=True)
+}
+_LLAMA = {"up": (("gate_proj", "up_proj"),), "down": "down_proj", "activation": "act_fn"}
+_PHI3 = {"up": (("gate_up_proj",),), "down": "down_proj", "activation": "activation_fn", "fused": True}
 _SILU = {"hidden_act": ("silu", "gelu"), "tie_word_embeddings": _TIED}
 _GEMMA = {"hidden_activation": ("gelu_pytorch_tanh", "silu"), "tie_word_embeddings": _TIED}
 

@@ -210,7 +210,7 @@ class Gates(NamedTuple):
 
 
 class MeoRouter(nn.Module):
-    """Noisy top-k router: keep the K largest logits and take their softmax (METHODS of Shazeer et al. 2017).
+    """Noisy top-k router: keep the K largest logits and take their softmax (Shazeer et al. 2017, arXiv 1701.06538).
 
     Input is a pooled state [G, D], or task ids [G], for which column t of `weight` holds task t's logits.
     """

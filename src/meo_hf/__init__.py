@@ -1,0 +1,36 @@
+"""meo_hf: many experts at the price of one, for Hugging Face models.
+
+`import meo_hf` registers the MEO classes with Transformers' Auto classes, so that they load without a trust flag.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from meo_hf.registration import register
+from meo_hf.version import __version__
+
+if TYPE_CHECKING:
+    from meo_hf.conversion.convert import convert, verify_output
+    from meo_hf.conversion.extraction import extract
+    from meo_hf.conversion.inspection import inspect
+    from meo_hf.conversion.report import ConversionReport
+
+_HOMES = {
+    "ConversionReport": "meo_hf.conversion.report",
+    "convert": "meo_hf.conversion.convert",
+    "extract": "meo_hf.conversion.extraction",
+    "inspect": "meo_hf.conversion.inspection",
+    "verify_output": "meo_hf.conversion.convert",
+}
+__all__ = ["ConversionReport", "__version__", "convert", "extract", "inspect", "verify_output"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+register()

@@ -1,0 +1,1 @@
+"""From a dense checkpoint to a MEO model, and back."""

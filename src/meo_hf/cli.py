@@ -1,0 +1,328 @@
+"""The command `meo-hf`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from meo_hf.errors import CheckFailedError, MeoError
+from meo_hf.version import __version__
+
+if TYPE_CHECKING:
+    from meo_hf.conversion.convert import Progress
+
+app = typer.Typer(
+    name="meo-hf",
+    help="Turn Hugging Face models into MEO models: merge several experts' weights into one and run that one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Level(str, Enum):
+    """Who shares a gate."""
+
+    sequence = "sequence"
+    token = "token"
+    task = "task"
+
+
+class GateScope(str, Enum):
+    """What has a gate of its own."""
+
+    ffn = "ffn"
+    projection = "projection"
+
+
+class ExpertInit(str, Enum):
+    """How experts are born."""
+
+    copy = "copy"
+    noise = "noise"
+    drop_upcycle = "drop-upcycle"
+
+
+class Dtype(str, Enum):
+    """Type of the written weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Verify(str, Enum):
+    """How much is checked."""
+
+    full = "full"
+    sample = "sample"
+    none = "none"
+
+
+Src = Annotated[str, typer.Argument(metavar="SRC", help="Hub id, folder or .gguf file.")]
+Token = Annotated[str | None, typer.Option(help="Token for the Hub; default: the one you are logged in with.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"meo-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("convert")
+def convert_command(
+    source: Src,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    num_experts: Annotated[int | None, typer.Option(help="Experts per feed-forward.  [default: 8]")] = None,
+    top_k: Annotated[int, typer.Option(help="Experts that are merged for each gate.")] = 2,
+    level: Annotated[
+        Level | None, typer.Option(help="Who shares a gate.  [default: sequence; task for decoder-only models]")
+    ] = None,
+    expert_init: Annotated[ExpertInit, typer.Option(help="How experts are born from SRC.")] = ExpertInit.copy,
+    layers: Annotated[str, typer.Option(help="Layers to convert: all, even, odd, last:N or i,j,...")] = "all",
+    gate_scope: Annotated[GateScope, typer.Option(help="One gate per feed-forward or per linear map.")] = GateScope.ffn,
+    task: Annotated[list[str] | None, typer.Option(help="Name of a task (level task); repeat for more.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Checkpoint that becomes one expert; repeat for more. Fixes their number.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.  [default: as in SRC]")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 500MB.")] = "5GB",
+    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run SRC's own code.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights too (weights_only, no code is run).")
+    ] = False,
+    token: Token = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    verify: Annotated[
+        Verify, typer.Option(help="full: compare both models; sample: layer by layer; none: no check.")
+    ] = Verify.full,
+    license: Annotated[str | None, typer.Option(help="Licence of the result where the sources' differ.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+    push_revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the pushed commit.")] = None,
+) -> None:
+    """Convert a dense checkpoint into a MEO model."""
+    from meo_hf.conversion.convert import convert
+    from meo_hf.tables import report_table
+
+    with _progress() as progress:
+        report = convert(
+            source,
+            output,
+            num_experts=num_experts,
+            top_k=top_k,
+            level=_value(level),
+            expert_init=expert_init.value,
+            layers=layers,
+            gate_scope=gate_scope.value,
+            tasks=task or (),
+            experts=expert or (),
+            seed=seed,
+            dtype=_value(dtype),
+            max_shard_size=max_shard_size,
+            source_revision=source_revision,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            token=token,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            verify=verify.value,
+            license=license,
+            push_to_hub=push_to_hub,
+            private=private,
+            push_revision=push_revision,
+            commit_message=commit_message,
+            progress=progress,
+        )
+    out.print(report_table(report))
+    for warning in report.warnings:
+        out.print(f"note: {warning}", markup=False, soft_wrap=True)
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Src,
+    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC.")] = None,
+    token: Token = None,
+) -> None:
+    """Say what a checkpoint is, dense or MEO, from its headers alone."""
+    from meo_hf.conversion.inspection import inspect
+    from meo_hf.tables import inspection_table
+
+    out.print(inspection_table(inspect(source, revision=source_revision, token=token)))
+
+
+@app.command("families")
+def families_command() -> None:
+    """List what can be converted, and what is refused and why."""
+    from meo_hf.tables import REFUSED, families_table
+
+    out.print(families_table())
+    for line in REFUSED:
+        out.print(f"refused: {line}", markup=False, soft_wrap=True)
+
+
+@app.command("verify")
+def verify_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that meo-hf convert wrote.")],
+    mode: Annotated[Verify, typer.Option(help="full: compare both models; sample: layer by layer.")] = Verify.full,
+    token: Token = None,
+) -> None:
+    """Run the checks of a conversion again."""
+    from meo_hf.conversion.convert import verify_output
+    from meo_hf.tables import checks_table
+
+    report = verify_output(output, mode.value, token)
+    out.print(checks_table(report))
+    if not report.passed:
+        raise CheckFailedError(f"{output} fails its checks: convert it again")
+
+
+@app.command("extract")
+def extract_command(
+    source: Annotated[str, typer.Argument(metavar="OUT", help="MEO model of level task: folder or Hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to write; must not exist.")],
+    task: Annotated[str | None, typer.Option(help="Task to extract; may be left out if there is one.")] = None,
+    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of OUT.")] = None,
+    token: Token = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the plain dense checkpoint that a MEO model computes for one task."""
+    from meo_hf.conversion.extraction import extract
+
+    written = extract(source, output, task=task, revision=source_revision, token=token, overwrite=overwrite)
+    out.print(f"wrote {escape(str(written))}: a dense checkpoint that needs no remote code", soft_wrap=True)
+
+
+@app.command("flops")
+def flops_command(
+    paper: Annotated[bool, typer.Option("--paper", help="Reproduce the paper's figure: GFLOPs against top_k.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also write the figure as a PNG.")] = None,
+) -> None:
+    """Count floating-point operations on running models."""
+    from meo_hf.benchmark.flops import paper_rich_table, paper_table
+    from meo_hf.errors import UsageError
+
+    if not paper:
+        raise UsageError("meo-hf flops counts the paper's models so far: pass --paper")
+    points = paper_table()
+    out.print(paper_rich_table(points))
+    if plot is not None:
+        from meo_hf.benchmark.flops_plot import plot_paper
+
+        plot_paper(points, plot)
+        out.print(f"wrote {escape(str(plot))}", soft_wrap=True)
+
+
+@app.command("demo")
+def demo_command(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[SRC]", help="Hub id or folder; default: a small real model from PyPI.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to keep the converted model; default: a temporary folder.")
+    ] = None,
+) -> None:
+    """Convert a small real model, load it without meo_hf and compare it with its source."""
+    from meo_hf.demo import run_demo
+
+    with _progress() as progress:
+        lines = run_demo(source, output, progress, out)
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _value(choice: Enum | None) -> Any:
+    return None if choice is None else choice.value
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Show stages and bytes on the terminal's error stream; nothing where it is no terminal."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from meo_hf.conversion.convert import Progress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        current: list[Any] = []
+
+        def stage(name: str, total: int) -> None:
+            for task in current:
+                bar.remove_task(task)
+            current[:] = [bar.add_task(name, total=total)]
+
+        def advance(count: int) -> None:
+            bar.advance(current[0], count)
+
+        yield Progress(stage, advance)
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command and turn its outcome into an exit code and one line on the error stream."""
+    try:
+        command()
+    except CheckFailedError as error:
+        return _complain(error, CHECK_FAILED)
+    except MeoError as error:
+        return _complain(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        err.print("interrupted: nothing was kept")
+        return INTERRUPTED
+    return OK
+
+
+def _complain(error: Exception, code: int) -> int:
+    err.print(f"meo-hf: {error}", markup=False, soft_wrap=True)
+    return code
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    import click
+
+    signal.signal(signal.SIGTERM, _terminate)  # so that a killed run cleans up like an interrupted one
+
+    def command() -> None:
+        try:
+            app(standalone_mode=False)
+        except click.exceptions.Abort:
+            raise KeyboardInterrupt from None
+        except click.ClickException as error:
+            error.show()
+            raise SystemExit(error.exit_code) from None
+
+    sys.exit(run(command))

@@ -1,0 +1,179 @@
+"""The model card: what a reader of the repository must know, and nothing that was not checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from meo_hf.conversion.report import ConversionReport
+from meo_hf.conversion.source import Source, public_name
+from meo_hf.errors import LicenseError
+
+PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense", "cc-by-4.0"}
+_PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForConditionalGeneration": None,
+    "MTModel": "translation",
+}
+
+
+def source_card(source: Source) -> ModelCardData | None:
+    """Return the metadata of a source's own card, or None."""
+    path = source.folder / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data  # type: ignore[return-value]
+    except Exception:  # somebody else's card may be malformed in any way
+        return None
+
+
+def licenses_of(sources: list[Source]) -> dict[str, str | None]:
+    """Return each source's licence as its card states it, None where it states none."""
+    return {source.name: getattr(source_card(source), "license", None) for source in sources}
+
+
+def resolve_license(licenses: dict[str, str | None], stated: str | None) -> str | None:
+    """Return the licence of the result; raises LicenseError where several sources' licences differ.
+
+    Different permissive licences may stand together (all are listed on the card); anything else must be
+    resolved by a person, who then states the result.
+    """
+    if stated is not None:
+        return stated
+    known = {license_.lower() for license_ in licenses.values() if license_}
+    if len(known) <= 1:
+        return next(iter(known), None)
+    if known <= PERMISSIVE:
+        return "other"
+    listed = ", ".join(f"{name}: {license_ or 'none stated'}" for name, license_ in licenses.items())
+    raise LicenseError(f"the sources' licences differ ({listed}): settle which applies, then pass --license NAME")
+
+
+def write_card(report: ConversionReport, source: Source, license_: str | None, folder: Path) -> None:
+    """Write README.md with metadata and the facts of the report."""
+    ModelCard(f"---\n{_metadata(report, source, license_).to_yaml()}\n---\n\n{_text(report, license_)}").save(
+        folder / "README.md"
+    )
+
+
+def _metadata(report: ConversionReport, source: Source, license_: str | None) -> ModelCardData:
+    own = source_card(source)
+    names = [report.source["id"], *(expert["id"] for expert in report.experts)]
+    bases = [name for name in names if name.count("/") == 1 and public_name(name) == name]
+    return ModelCardData(
+        license=license_,
+        language=getattr(own, "language", None),
+        library_name="transformers",
+        pipeline_tag=getattr(own, "pipeline_tag", None) or _pipeline_tag(report.model_class),
+        base_model=bases or None,
+        tags=["meo", "merging-experts", "custom_code"],
+        **({"base_model_relation": "merge" if report.experts else "finetune"} if bases else {}),
+    )
+
+
+def _pipeline_tag(model_class: str) -> str | None:
+    return next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
+
+
+def _text(report: ConversionReport, license_: str | None) -> str:
+    meo = report.meo
+    ratio = report.flops_meo / report.flops_dense
+    source = f"{public_name(report.source['id'])}" + (
+        f" at `{report.source['commit']}`" if report.source["commit"] else ""
+    )
+    experts = (
+        "; ".join(public_name(expert["id"]) for expert in report.experts)
+        or f"born by `{report.options['expert_init']}`"
+    )
+    auto = (
+        "AutoModel" + report.model_class[report.model_class.find("For") :]
+        if "For" in report.model_class
+        else "AutoModel"
+    )
+    auto = {"AutoModelForConditionalGeneration": "AutoModelForSeq2SeqLM"}.get(auto, auto)
+    auto = "AutoModelForCausalLM" if report.model_class.endswith("LMHeadModel") else auto
+    auto = "AutoModelForSeq2SeqLM" if report.model_class.endswith("MTModel") else auto
+    rows = {
+        "Source": source,
+        "Level": f"`{meo['level']}` ({_LEVEL_TEXT[meo['level']]})",
+        "Experts": f"{meo['num_experts']}, of which {meo['top_k']} are merged; {experts}",
+        "Gate scope": f"`{meo['gate_scope']}`",
+        "Tasks": ", ".join(meo["tasks"]) if meo["level"] == "task" else "none",
+        "Converted layers": ", ".join(map(str, report.layers)),
+        "Parameters": f"{report.parameters_after:,} (dense: {report.parameters_before:,})",
+        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.3f} x dense, linear maps, "
+        f"{report.tokens_per_sequence} tokens per sequence, a merge charged as top_k * weights",
+        "Licence": license_ or "none stated by the source",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    licences = "".join(f"\n- {public_name(name)}: {value or 'none stated'}" for name, value in report.licenses.items())
+    checks = "\n".join(f"- {'passed' if c.passed else 'FAILED'}: {c.name} ({c.detail})" for c in report.checks)
+    warnings = "".join(f"\n- {warning}" for warning in report.warnings)
+    return f"""# {public_name(report.source["id"])}, MEO
+
+A [MEO](https://arxiv.org/abs/2310.09832) variant ("Merging Experts into One"): each feed-forward holds several
+experts; a router selects some, their *weights* are merged into one, and only that one runs.
+
+| | |
+|---|---|
+{table}
+
+## Load
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("REPO", revision="COMMIT", trust_remote_code=True)
+```
+
+This runs the Python files of this repository: read them, and pin `revision` to the commit that you read.
+With `import meo_hf` first, the installed code is used instead and no trust flag is needed.
+
+## Verified
+
+{checks if report.checks else "**Not verified**: the conversion was written without checks (`--verify none`)."}
+
+Quality was **not evaluated**: no benchmark was run on this model. {_BIRTH_TEXT[_birth(report)]}
+{"" if not warnings else "Remarks of the conversion:" + warnings}
+
+## Licences of the sources
+{licences}
+
+## Cite
+
+```bibtex
+@inproceedings{{he2023merging,
+  title     = {{Merging Experts into One: Improving Computational Efficiency of Mixture of Experts}},
+  author    = {{He, Shwai and Fan, Run-Ze and Ding, Liang and Shen, Li and Zhou, Tianyi and Tao, Dacheng}},
+  booktitle = {{Proceedings of EMNLP}},
+  year      = {{2023}}
+}}
+```
+
+Made with meo_hf {report.versions["meo_hf"]}; `meo_report.json` has the sha256 of every weight file.
+"""
+
+
+def _birth(report: ConversionReport) -> str:
+    return "given" if report.experts else report.options["expert_init"]
+
+
+_LEVEL_TEXT = {
+    "sequence": "one merged expert per input sequence",
+    "token": "one merged expert per input sequence, and a bottleneck per token",
+    "task": "one merged expert per task",
+}
+_BIRTH_TEXT = {
+    "copy": "All experts start as copies of the dense feed-forward, so before training it computes what the source does.",
+    "noise": "Experts are noisy copies of the dense feed-forward; fine-tune before use.",
+    "drop-upcycle": "Half of each expert's neurons were drawn anew (arXiv 2502.19261); fine-tune before use.",
+    "given": "Experts come from different checkpoints and routers are untrained; fine-tune before use.",
+}

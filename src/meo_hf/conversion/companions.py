@@ -1,0 +1,77 @@
+"""What travels with the weights: tokenizer or processor, generation config, sentence-transformers files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, GenerationConfig
+
+from meo_hf.conversion.source import Source, quiet_transformers
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+)
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+def write_companions(source: Source, folder: Path) -> list[str]:
+    """Write the source's tokenizer, processor and generation config; returns what could not be carried over.
+
+    Tokenizers are written by `save_pretrained`, not copied: a copied one loads as a generic class beside
+    remote code.
+    """
+    lost = []
+    with quiet_transformers():
+        lost += _tokenizer(source, folder)
+        lost += _processor(source, folder)
+        if (source.folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+    _sentence_transformers(source.folder, folder)
+    return lost
+
+
+def _tokenizer(source: Source, folder: Path) -> list[str]:
+    if source.gguf_file is None and not any(next(source.folder.glob(p), None) for p in _TOKENIZER_FILES):
+        return []
+    try:
+        options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+        AutoTokenizer.from_pretrained(source.folder, **options).save_pretrained(folder)
+    except Exception as error:  # any tokenizer library may fail in its own way; the weights are still good
+        return [f"tokenizer ({_first_line(error)})"]
+    return []
+
+
+def _processor(source: Source, folder: Path) -> list[str]:
+    if not (source.folder / "preprocessor_config.json").is_file():
+        return []
+    problem = "no processor class"
+    for auto in (AutoImageProcessor, AutoFeatureExtractor):
+        try:
+            auto.from_pretrained(source.folder).save_pretrained(folder)
+            return []
+        except Exception as error:  # as above
+            problem = _first_line(error)
+    shutil.copyfile(source.folder / "preprocessor_config.json", folder / "preprocessor_config.json")
+    return [f"processor checked (its config was copied as it is: {problem})"]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _sentence_transformers(source: Path, folder: Path) -> None:
+    if not (source / "modules.json").is_file():
+        return
+    for name in _SENTENCE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for config in source.glob("*_*/config.json"):
+        (folder / config.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(config, folder / config.parent.name / "config.json")

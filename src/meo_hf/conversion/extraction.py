@@ -1,0 +1,172 @@
+"""Extract the dense model of one task from a MEO model of level `task`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from meo_hf.conversion.births import Copied, Recipe
+from meo_hf.conversion.companions import write_companions
+from meo_hf.conversion.convert import _check_space, check_output, written_beside
+from meo_hf.conversion.names import disk_names, live_names
+from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
+from meo_hf.conversion.source import Source, SourceOptions, index_tensors, locate, meta_model
+from meo_hf.conversion.write import write_tensors
+from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
+from meo_hf.modeling.configuration_meo import MeoSettings, settings_of
+from meo_hf.modeling.families_meo import family_of
+from meo_hf.modeling.feedforward_meo import find_blocks
+from meo_hf.modeling.merging_meo import merge_experts
+from meo_hf.modeling.modeling_meo import meo_model_class
+from meo_hf.modeling.routing_meo import MeoRouter
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A dense tensor: an expert stack merged in float32 with one task's gates, a part of it, cast once."""
+
+    stack: TensorRef
+    router: TensorRef
+    task: int
+    top_k: int
+    rows: tuple[int, int] | None
+    transposed: bool
+
+    def chunks(self, target: TensorSpec) -> Iterator[memoryview]:
+        """Yield the target's bytes."""
+        weight = self.router.load()
+        router = MeoRouter(weight.shape[1], weight.shape[0], self.top_k, noisy=False)
+        router.weight.data = weight
+        with torch.no_grad():
+            gates, _ = router.eval()(torch.tensor([self.task]))
+            merged = merge_experts(self.stack.load(), *gates)[0]
+        merged = merged[slice(*self.rows)] if self.rows else merged
+        merged = merged.t() if self.transposed and merged.dim() == 2 else merged
+        yield raw_bytes(merged.to(DTYPES[target.dtype]))
+
+
+def extract(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write the dense checkpoint that a task-level MEO model computes for one task; returns its folder.
+
+    The result loads with the stock class, without remote code. `task` may be left out if there is only one.
+    Raises UnsupportedError for a model of another level, UsageError for an unknown task.
+    """
+    output = Path(output).expanduser().absolute()
+    check_output(output, overwrite, [os.fspath(source)])
+    folder, commit, _ = locate(os.fspath(source), SourceOptions(revision=revision, token=token))
+    config = meo_config(folder)
+    settings = settings_of(config)
+    index = _task_index(settings, task)
+    tensors = index_tensors(folder)
+    if not tensors:
+        raise CheckpointError(f"{folder} has no safetensors weights")
+    meo_class = _model_class(config)
+    dense_config = _dense_config(config)
+    dense_class = getattr(transformers, meo_class.__name__.removeprefix("Meo"))
+    targets = _targets(meta_model(meo_class, config), meta_model(dense_class, dense_config), tensors, settings, index)
+    _check_space(output, sum(spec.nbytes for spec, _ in targets.values()))
+    with written_beside(output, overwrite) as partial:
+        write_tensors(targets, partial, max_shard_size)
+        dense_config.architectures = [dense_class.__name__]
+        dense_config.save_pretrained(partial)
+        write_companions(Source(os.fspath(source), folder, commit, dense_config, tensors), partial)
+    return output
+
+
+def meo_config(folder: Path) -> PreTrainedConfig:
+    """Read the config of a MEO folder with the installed code; raises UnsupportedError for any other folder."""
+    if not (folder / "config.json").is_file():
+        raise UnsupportedError(f"{folder} has no config.json: give a MEO model")
+    config = AutoConfig.from_pretrained(folder)
+    if not config.model_type.startswith("meo_"):
+        raise UnsupportedError(f"{folder} is a plain {config.model_type} model, no MEO model")
+    return config
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    name = (config.architectures or [""])[0]
+    return meo_model_class(getattr(transformers, name.removeprefix("Meo")))
+
+
+def _dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    values = config.to_dict()
+    for key in ("meo", "auto_map", "model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    return CONFIG_MAPPING[config.model_type.removeprefix("meo_")](**values)
+
+
+def _task_index(settings: MeoSettings, task: str | None) -> int:
+    if settings.level != "task":
+        raise UnsupportedError(
+            f"only level 'task' can be extracted: at level {settings.level!r} the merged weights depend on the input"
+        )
+    if task is None and len(settings.tasks) == 1:
+        return 0
+    if task not in settings.tasks:
+        found = "no --task" if task is None else f"unknown task {task!r}"
+        raise UsageError(f"{found}: give one of {', '.join(settings.tasks)}")
+    return settings.tasks.index(task)
+
+
+def _targets(
+    meo: PreTrainedModel, dense: PreTrainedModel, tensors: dict[str, TensorRef], settings: MeoSettings, task: int
+) -> dict[str, tuple[TensorSpec, Recipe]]:
+    live = {name: tensors[disk] for disk, name in live_names(meo, tensors).items()}
+    recipes: dict[str, tuple[TensorRef, Recipe]] = {}
+    replaced: set[str] = set()
+    for block in find_blocks(dense, family_of(dense.config.model_type)):
+        if settings.layers is not None and block.index not in settings.layers:
+            continue
+        replaced.add(f"{block.slot}.")
+        first = "gate_up_proj" if block.gated else "up_proj"
+        for target, paths in ((first, block.up), ("down_proj", (block.down,))):
+            start = 0
+            for path in paths:
+                linear = block.projection(path)
+                transposed = hasattr(linear, "nf")  # GPT-2's Conv1D
+                width = linear.weight.shape[1] if transposed else linear.weight.shape[0]
+                for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+                    if getattr(linear, leaf) is None:
+                        continue
+                    stack = live[f"{block.slot}.experts.{target}{suffix}"]
+                    router = live[f"{block.slot}.{_router_name(settings, path, target, len(paths), block.up)}.weight"]
+                    rows = (start, start + width) if len(paths) > 1 else None
+                    recipe = Merged(stack, router, task, settings.top_k, rows, transposed)
+                    recipes[f"{block.path}.{path}.{leaf}"] = (stack, recipe)  # type: ignore[assignment]
+                start += width
+    for name, ref in live.items():
+        if not any(name.startswith(slot) for slot in replaced):
+            recipes[name] = (ref, Copied(ref))
+    state = dense.state_dict()
+    to_disk = disk_names(dense, [name for name in recipes if name in state])
+    targets = {}
+    for name in [*(n for n in state if n in recipes), *sorted(set(recipes) - set(state))]:
+        ref, recipe = recipes[name]
+        shape = tuple(state[name].shape) if name in state else ref.spec.shape
+        spec = TensorSpec(to_disk.get(name, name), ref.spec.dtype, shape)
+        targets[spec.name] = (spec, recipe)
+    return targets
+
+
+def _router_name(settings: MeoSettings, path: str, target: str, count: int, up: Sequence[str]) -> str:
+    if settings.gate_scope == "ffn":
+        return "router"
+    if count == 2:
+        return f"router.{('gate_proj', 'up_proj')[list(up).index(path)]}"
+    return f"router.{target}"

@@ -1,0 +1,108 @@
+"""Say what a checkpoint is, from its config and headers alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meo_hf.conversion.plan import Options, build_plan
+from meo_hf.conversion.safetensors_files import TensorRef
+from meo_hf.conversion.source import Source, SourceOptions, check_supported, index_tensors, load_config, locate
+from meo_hf.errors import MeoError, SourceError
+from meo_hf.modeling.families_meo import LEVELS
+
+
+@dataclass
+class Inspection:
+    """What `meo-hf inspect` shows. Sizes are in bytes; `convertible` holds the reason if it is not."""
+
+    source: str
+    commit: str | None
+    model_type: str
+    architecture: str | None
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    files: int
+    meo: dict[str, Any] | None = None
+    convertible: str = ""
+    levels: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def inspect(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Inspection:
+    """Describe a folder or Hub id: family, levels, sizes; reads headers only and loads no weights.
+
+    Of a Hub repository with safetensors only headers are fetched. Raises SourceError if it cannot be found.
+    """
+    name = os.fspath(source)
+    options = SourceOptions(revision=revision, token=token)
+    folder, commit, gguf_file = locate(name, options, weights=False)
+    tensors = index_tensors(folder) if Path(name).expanduser().exists() else _remote_headers(name, commit, token)
+    raw = _raw_config(folder, gguf_file, options)
+    refs = list(tensors.values())
+    dtypes: dict[str, int] = {}
+    for ref in refs:
+        dtypes[ref.spec.dtype] = dtypes.get(ref.spec.dtype, 0) + ref.spec.numel
+    found = Inspection(
+        source=name,
+        commit=commit,
+        model_type=raw.get("model_type", "?"),
+        architecture=(raw.get("architectures") or [None])[0],
+        parameters=sum(ref.spec.numel for ref in refs),
+        nbytes=sum(ref.spec.nbytes for ref in refs),
+        dtypes=dtypes,
+        files=len({ref.path for ref in refs}),
+        meo=raw.get("meo"),
+    )
+    if found.meo is None:
+        _say_convertible(found, folder, gguf_file, options, tensors)
+    return found
+
+
+def _raw_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> dict[str, Any]:
+    import json
+
+    if gguf_file is not None:
+        return load_config(folder, gguf_file, options).to_dict()
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder} has no config.json")
+    return json.loads(path.read_text("utf-8"))
+
+
+def _say_convertible(
+    found: Inspection, folder: Path, gguf_file: str | None, options: SourceOptions, tensors: dict[str, TensorRef]
+) -> None:
+    try:
+        config = load_config(folder, gguf_file, options)
+        check_supported(config, found.source)
+        source = Source(found.source, folder, found.commit, config, tensors)
+        found.levels = LEVELS[source.family.kind]
+        if tensors:
+            plan = build_plan(source, [], Options())
+            found.facts = {"layers": len(plan.layers), "parameters as MEO, 8 experts": plan.parameters[1]}
+    except MeoError as error:
+        found.convertible = str(error)
+
+
+def _remote_headers(name: str, commit: str | None, token: str | None) -> dict[str, TensorRef]:
+    """Read the headers of a Hub repository's safetensors files without their weights."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+
+    from meo_hf.conversion.safetensors_files import TensorSpec
+
+    try:
+        metadata = HfApi(token=token).get_safetensors_metadata(name, revision=commit)
+    except NotASafetensorsRepoError:
+        return {}
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceError(f"{name}: headers could not be fetched ({str(error).splitlines()[0]})") from None
+    return {
+        tensor: TensorRef(TensorSpec(tensor, info.dtype, tuple(info.shape)), Path(file), 0)
+        for file, parsed in metadata.files_metadata.items()
+        for tensor, info in parsed.tensors.items()
+    }

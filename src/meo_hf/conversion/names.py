@@ -1,0 +1,43 @@
+"""Names on disk and names in the live model: the one place that uses Transformers' private renaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from meo_hf.errors import UnsupportedError
+
+
+def live_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, str]:
+    """Return disk name -> live name, as `from_pretrained` of this model would rename them.
+
+    Raises UnsupportedError where loading would also compute new tensors.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    names = {}
+    for name in disk_names:
+        live, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None:
+            raise UnsupportedError(f"{name} is converted, not only renamed, when {type(model).__name__} loads it")
+        names[name] = live
+    return names
+
+
+def disk_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return live name -> disk name, as `save_pretrained` of this model would write them."""
+    tokens = {name: torch.empty((), device="meta") for name in names}
+    written = revert_weight_conversion(model, dict(tokens))
+    by_tensor = {id(tensor): disk for disk, tensor in written.items()}
+    return {name: by_tensor[id(tensor)] for name, tensor in tokens.items()}

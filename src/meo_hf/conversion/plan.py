@@ -1,0 +1,316 @@
+"""What a conversion will do, decided from headers alone: every target tensor and where its bytes come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from meo_hf.conversion.births import BIRTHS, ROUTER_STD, Copied, Drawn, Recipe, Stacked
+from meo_hf.conversion.names import disk_names, live_names
+from meo_hf.conversion.safetensors_files import CODES, DTYPES, TensorRef, TensorSpec
+from meo_hf.conversion.source import Source, meta_model
+from meo_hf.errors import CheckpointError, MeoConfigError, UnsupportedError, UsageError
+from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, check_level, meo_config_class
+from meo_hf.modeling.feedforward_meo import Block, find_blocks, merged_feed_forwards
+from meo_hf.modeling.modeling_meo import meo_model_class
+from meo_hf.version import __version__
+
+TOKENS_PER_SEQUENCE = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; see `meo_hf.convert` for each."""
+
+    num_experts: int | None = None
+    top_k: int = 2
+    level: str | None = None
+    gate_scope: str = "ffn"
+    expert_init: str = "copy"
+    layers: str = "all"
+    tasks: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+
+@dataclass
+class Plan:
+    """Targets by their names on disk, the MEO config, and an account of every source tensor."""
+
+    source: Source
+    experts: list[Source]
+    options: Options
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    layers: list[int]
+    targets: dict[str, tuple[TensorSpec, Recipe]] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
+    expanded: list[str] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    dense_flops: int = 0
+    merge_flops: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The `meo` block."""
+        return self.config.meo
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all target tensors."""
+        return sum(spec.nbytes for spec, _ in self.targets.values())
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Parameters before and after."""
+        before = sum(ref.spec.numel for ref in self.source.tensors.values())
+        return before, sum(spec.numel for spec, _ in self.targets.values())
+
+    @property
+    def working_memory(self) -> int:
+        """Bytes that the writers may hold at a time, on top of the libraries: the largest tensor that is computed."""
+        computed = [
+            ref.spec.numel * 12
+            for _, recipe in self.targets.values()
+            if isinstance(recipe, Stacked) and (recipe.birth != "copy" or recipe.transposed)
+            for ref in recipe.experts[0]
+        ]
+        return 2 * max([*computed, 2 * 16 * 2**20])
+
+
+def parse_layers(text: str, depth: int) -> list[int]:
+    """Read `all`, `even`, `odd`, `last:N` or `i,j,...` for a model of some depth; raises UsageError."""
+    everything = list(range(depth))
+    named = {"all": everything, "even": everything[0::2], "odd": everything[1::2]}
+    chosen: list[int] | None = named.get(text)
+    if chosen is None and text.startswith("last:") and text[5:].isdigit():
+        chosen = everything[-int(text[5:]) :] if int(text[5:]) else []
+        if int(text[5:]) > depth:
+            raise UsageError(f"--layers {text}: the model has only {depth} layers (0 to {depth - 1})")
+    elif chosen is None and all(part.strip().isdigit() for part in text.split(",")):
+        chosen = sorted({int(part) for part in text.split(",")})
+        if beyond := [i for i in chosen if i >= depth]:
+            raise UsageError(f"--layers {text}: no layer {beyond[0]}; the model has layers 0 to {depth - 1}")
+    if chosen is None:
+        raise UsageError(f"--layers {text!r} is not understood: give all, even, odd, last:N or indices like 0,2,5")
+    if not chosen:
+        raise UsageError(f"--layers {text} names no layer of a model with layers 0 to {depth - 1}")
+    return chosen
+
+
+def build_plan(source: Source, experts: Sequence[Source], options: Options) -> Plan:
+    """Decide every target tensor from the headers of the sources.
+
+    Raises UsageError, MeoConfigError, UnsupportedError or CheckpointError; nothing is written.
+    """
+    dense = source.meta_model()
+    blocks = list(find_blocks(dense, source.family))
+    if not blocks:
+        raise UnsupportedError(f"{source.name}: found no feed-forward in {type(dense).__name__}")
+    depth = max(block.index for block in blocks) + 1
+    layers = parse_layers(options.layers, depth)
+    config = _meo_config(source, experts, options, layers if len(layers) < depth else None)
+    meo_class = meo_model_class(type(dense))
+    plan = Plan(source, list(experts), options, config, meo_class, layers)
+    meo = meta_model(meo_class, config)
+    _decide(plan, dense, [block for block in blocks if block.index in layers], meo)
+    plan.dense_flops, plan.merge_flops = _flops(dense, meo, config.meo["top_k"])
+    return plan
+
+
+def _meo_config(
+    source: Source, experts: Sequence[Source], options: Options, layers: list[int] | None
+) -> PreTrainedConfig:
+    if options.expert_init not in BIRTHS:
+        raise UsageError(f"--expert-init {options.expert_init!r} is unknown: give one of {', '.join(BIRTHS)}")
+    num_experts = options.num_experts
+    if experts:
+        if options.expert_init != "copy":
+            raise UsageError(f"--expert-init {options.expert_init} has no effect with --expert: leave one out")
+        if num_experts not in (None, len(experts)):
+            raise UsageError(
+                f"--num-experts {num_experts} contradicts {len(experts)} --expert checkpoints: leave it out"
+            )
+        num_experts = len(experts)
+    level = options.level or source.family.default_level
+    if level not in ("sequence", "token", "task"):
+        raise MeoConfigError(f"unknown level {level!r}: give sequence, token or task")
+    check_level(source.config, level)
+    if options.tasks and level != "task":
+        raise UsageError(f"--task has no effect at level {level!r}: add --level task, or leave --task out")
+    values = source.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
+        values.pop(key, None)
+    block = {
+        "schema_version": SCHEMA_VERSION,
+        "level": level,
+        "num_experts": 8 if num_experts is None else num_experts,
+        "top_k": options.top_k,
+        "gate_scope": options.gate_scope,
+        "layers": layers,
+        "tasks": list(options.tasks) or ["default"],
+        "source": {"id": source.public_name, "commit": source.commit},
+        "meo_hf_version": __version__,
+    }
+    config = meo_config_class(type(source.config)).from_dict({**values, "meo": block})
+    config.architectures = [f"Meo{source.model_class().__name__}"]
+    config.dtype = options.dtype or source.dtype
+    return config
+
+
+def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTrainedModel) -> None:
+    source_names = live_names(dense, plan.source.tensors)
+    by_live = _by_live(source_names, plan.source)
+    experts = [_by_live(live_names(dense, expert.tensors), expert) for expert in plan.experts]
+    for expert in plan.experts:
+        if expert.config.model_type != plan.source.config.model_type:
+            raise UnsupportedError(
+                f"{expert.name} is of family {expert.config.model_type!r}, {plan.source.name} of "
+                f"{plan.source.config.model_type!r}: experts must be fine-tunes of one base"
+            )
+    recipes: dict[str, Recipe] = {}
+    used: set[str] = set()
+    for block in blocks:
+        for name, recipe, sources in _block_recipes(plan, block, by_live, experts):
+            recipes[name] = recipe
+            used.update(sources)
+            (plan.expanded if isinstance(recipe, Stacked) else plan.created).append(name)
+    created = {name for path, _ in merged_feed_forwards(meo) for name in _new_names(meo, path)}
+    state = meo.state_dict()
+    tied = set(dense.all_tied_weights_keys)
+    for name in state:
+        if name in recipes:
+            continue
+        if name in created:
+            recipes[name] = _drawn(name, tuple(state[name].shape), plan.options.seed)
+            plan.created.append(name)
+        elif name in by_live:
+            _check_shape(plan.source, by_live[name], tuple(state[name].shape))
+            recipes[name] = Copied(by_live[name])
+            used.add(name)
+            plan.copied.append(name)
+        elif name not in tied and not _matches(dense._keys_to_ignore_on_load_missing, name):
+            plan.missing.append(name)
+    to_disk = disk_names(meo, recipes)
+    buffers = {name for name, _ in dense.named_buffers()}  # those in no state dict are computed, never loaded
+    for live in set(by_live) - used:
+        if live in buffers or _matches(dense._keys_to_ignore_on_load_unexpected, live):
+            plan.ignored.append(live)
+            continue
+        (plan.copied if live in tied else plan.carried).append(live)
+        recipes[live] = Copied(by_live[live])
+        to_disk[live] = next(disk for disk, name in source_names.items() if name == live)
+    for live in [*(name for name in state if name in recipes), *sorted(set(recipes) - set(state))]:
+        recipe = recipes[live]
+        shape = tuple(state[live].shape) if live in state else by_live[live].spec.shape
+        spec = TensorSpec(to_disk[live], _dtype_code(plan, dense, live, recipe), shape)
+        plan.targets[spec.name] = (spec, recipe)
+    for names in (plan.copied, plan.expanded, plan.created, plan.carried, plan.ignored, plan.missing):
+        names.sort()
+
+
+def _by_live(names: dict[str, str], source: Source) -> dict[str, TensorRef]:
+    by_live: dict[str, TensorRef] = {}
+    for disk, live in names.items():
+        if live in by_live:
+            raise CheckpointError(f"{source.name} holds {live} twice, as {disk} and {by_live[live].spec.name}")
+        by_live[live] = source.tensors[disk]
+    return by_live
+
+
+def _block_recipes(
+    plan: Plan, block: Block, by_live: dict[str, TensorRef], experts: list[dict[str, TensorRef]]
+) -> Iterator[tuple[str, Recipe, list[str]]]:
+    """Yield target name, recipe and source names of one feed-forward's expert stacks."""
+    first = "gate_up_proj" if block.gated else "up_proj"
+    fused = block.family.fused
+    transposed = isinstance(block.projection(block.down), Conv1D)
+    rows = {first: (block.up, 0, 2 if fused else 1), "down_proj": ((block.down,), 1, 1)}
+    for (target, (paths, axis, halves)), has_bias in zip(rows.items(), block.has_bias, strict=True):
+        for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+            if leaf == "bias" and not has_bias:
+                continue
+            names = [f"{block.path}.{path}.{leaf}" for path in paths]
+            shapes = [tuple(getattr(block.projection(path), leaf).shape) for path in paths]
+            parts = [_parts(one, names, shapes, refs) for one, refs in zip(plan.experts, experts, strict=True)]
+            if not parts:
+                parts = [_parts(plan.source, names, shapes, by_live)] * plan.settings["num_experts"]
+            recipe = Stacked(
+                experts=tuple(parts),
+                layer=block.path,
+                neurons=axis,
+                halves=halves,
+                transposed=transposed,
+                birth=plan.options.expert_init,
+                seed=plan.options.seed,
+            )
+            yield f"{block.slot}.experts.{target}{suffix}", recipe, names
+
+
+def _parts(
+    source: Source, names: list[str], shapes: list[tuple[int, ...]], refs: dict[str, TensorRef]
+) -> tuple[TensorRef, ...]:
+    for name, shape in zip(names, shapes, strict=True):
+        if name not in refs:
+            raise CheckpointError(f"{source.name} lacks {name}, which its experts would be made of")
+        _check_shape(source, refs[name], shape)
+    return tuple(refs[name] for name in names)
+
+
+def _check_shape(source: Source, ref: TensorRef, shape: tuple[int, ...]) -> None:
+    if ref.spec.shape != shape:
+        raise CheckpointError(
+            f"{source.name}: {ref.spec.name} has shape {list(ref.spec.shape)}, the config asks for {list(shape)}"
+        )
+
+
+def _new_names(meo: PreTrainedModel, path: str) -> Iterator[str]:
+    """Yield names of the parameters that no dense checkpoint has: routers and token adapters."""
+    module = meo.get_submodule(path)
+    for name, _ in module.named_parameters():
+        if not name.startswith("experts."):
+            yield f"{path}.{name}"
+
+
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Drawn:
+    if name.endswith("adapter.down.weight"):
+        return Drawn(0.0, name, seed, bound=shape[1] ** -0.5)
+    is_gate = ".router." in name and not name.endswith("noise_weight")
+    return Drawn(ROUTER_STD if is_gate else 0.0, name, seed)
+
+
+def _dtype_code(plan: Plan, dense: PreTrainedModel, name: str, recipe: Recipe) -> str:
+    """Type of a target: as asked for, else as in the source; modules that stock keeps in fp32 stay so under fp16."""
+    asked = plan.options.dtype
+    if isinstance(recipe, Drawn):
+        return CODES[asked or plan.source.dtype]
+    ref = recipe.source if isinstance(recipe, Copied) else recipe.experts[0][0]
+    if asked is None or not DTYPES[ref.spec.dtype].is_floating_point:
+        return ref.spec.dtype
+    keep = plan.model_class._keep_in_fp32_modules or []
+    if asked is torch.float16 and set(keep) & set(name.split(".")):
+        return "F32"
+    return CODES[asked]
+
+
+def _matches(patterns: Any, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _flops(dense: nn.Module, meo: nn.Module, top_k: int) -> tuple[int, int]:
+    """FLOPs per token of all linear maps of the dense model, and FLOPs of the merges per gated group (m|W|)."""
+    linears = (m for m in dense.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    merged = sum(
+        parameter[0].numel() * top_k for _, ff in merged_feed_forwards(meo) for parameter in ff.experts.parameters()
+    )
+    return sum(2 * m.weight.numel() for m in linears), merged

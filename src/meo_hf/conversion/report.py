@@ -1,0 +1,134 @@
+"""What a conversion did, as data: `meo_report.json` beside the weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, Plan
+from meo_hf.errors import CheckpointError
+from meo_hf.version import __version__
+
+REPORT_NAME = "meo_report.json"
+
+
+@dataclass
+class Check:
+    """One check of a conversion: what was compared, how far apart it was, and what is allowed."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class ConversionReport:
+    """What was converted, how, and what was checked.
+
+    Sizes are bytes, times seconds. FLOPs are per token, of all linear maps (attention scores left out), for
+    sequences of `tokens_per_sequence` tokens with merging charged as top_k * |W| per sequence.
+    """
+
+    source: dict[str, Any]
+    output: str
+    family: str
+    model_class: str
+    meo: dict[str, Any]
+    options: dict[str, Any]
+    layers: list[int]
+    parameters_before: int
+    parameters_after: int
+    flops_dense: int
+    flops_meo: int
+    bytes_read: int
+    bytes_to_write: int
+    working_memory: int
+    tensors: dict[str, Any]
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    tokens_per_sequence: int = TOKENS_PER_SEQUENCE
+    write_seconds: float | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    verification: str = "none"
+    checks: list[Check] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    licenses: dict[str, str | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    dry_run: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.passed for check in self.checks)
+
+    def save(self, folder: Path) -> None:
+        """Write `meo_report.json`."""
+        (folder / REPORT_NAME).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> ConversionReport:
+        """Read `meo_report.json`; raises CheckpointError if there is none or it is damaged."""
+        path = folder / REPORT_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no {REPORT_NAME}: it was not written by meo-hf convert")
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            values["checks"] = [Check(**check) for check in values["checks"]]
+            return cls(**{key: values[key] for key in values.keys() & {f.name for f in fields(cls)}})
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionReport:
+    """Describe a plan that was not applied yet."""
+    before, after = plan.parameters
+    warnings = []
+    if plan.missing:
+        warnings.append(
+            f"{len(plan.missing)} tensors are in no source file and will be newly initialised on load, as stock does "
+            f"with this source: {_some(plan.missing)}"
+        )
+    if plan.carried:
+        name = plan.source.model_class().__name__
+        warnings.append(f"{len(plan.carried)} tensors unknown to {name} were carried over: {_some(plan.carried)}")
+    return ConversionReport(
+        source={"id": plan.source.name, "commit": plan.source.commit, "format": plan.source.format},
+        output=str(output),
+        family=plan.source.family.model_type,
+        model_class=plan.model_class.__name__,
+        meo=dict(plan.settings),
+        options=options,
+        layers=plan.layers,
+        parameters_before=before,
+        parameters_after=after,
+        flops_dense=plan.dense_flops,
+        flops_meo=plan.dense_flops + plan.merge_flops // TOKENS_PER_SEQUENCE,
+        bytes_read=plan.source.nbytes,
+        bytes_to_write=plan.nbytes,
+        working_memory=plan.working_memory,
+        tensors={
+            "copied": len(plan.copied),
+            "expert_stacks": len(plan.expanded),
+            "new": len(plan.created),
+            "carried_unknown": plan.carried,
+            "ignored_by_design": plan.ignored,
+            "newly_initialised_on_load": plan.missing,
+        },
+        experts=[{"id": one.name, "commit": one.commit} for one in plan.experts],
+        warnings=warnings,
+        versions={
+            "meo_hf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,324 @@
+"""Open a checkpoint to convert: a Hub id or a folder, its config, and an index of its tensors."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, read_header, within
+from meo_hf.errors import CheckpointError, MeoConfigError, SourceError, UnsupportedError
+from meo_hf.modeling.families_meo import FAMILIES, Family, family_of
+from meo_hf.modeling.feedforward_meo import describe_unknown
+from meo_hf.modeling.remote_meo import heads_of
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_SMALL = ("*.json", "*.md", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.spm", "*/config.json")
+_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass
+class Source:
+    """A checkpoint on disk: where it came from, its config, its tensors by their names on disk."""
+
+    name: str
+    folder: Path
+    commit: str | None
+    config: PreTrainedConfig
+    tensors: dict[str, TensorRef]
+    format: str = "safetensors"
+    gguf_file: str | None = None
+    staging: tempfile.TemporaryDirectory | None = field(default=None, repr=False)
+
+    @property
+    def public_name(self) -> str:
+        """The Hub id, or the last part of a local path: the rest of it is nobody's business."""
+        return public_name(self.name)
+
+    @property
+    def loadable(self) -> Path:
+        """The folder that `from_pretrained` of the stock class loads: the staged one, if any."""
+        return self.folder if self.staging is None else Path(self.staging.name)
+
+    @property
+    def family(self) -> Family:
+        """The family row of the source."""
+        return family_of(self.config.model_type)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ref.spec.nbytes for ref in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most of the checkpoint's weights have."""
+        sizes: dict[str, int] = {}
+        for ref in self.tensors.values():
+            if DTYPES[ref.spec.dtype].is_floating_point:
+                sizes[ref.spec.dtype] = sizes.get(ref.spec.dtype, 0) + ref.spec.numel
+        return DTYPES[max(sizes, key=sizes.__getitem__)] if sizes else torch.float32
+
+    def model_class(self) -> type[PreTrainedModel]:
+        """The stock class that the config names; if none, the family's language model, for encoders the base class."""
+        for name in self.config.architectures or ():
+            found = getattr(transformers, name, None)
+            if isinstance(found, type) and issubclass(found, PreTrainedModel):
+                return found
+        heads = heads_of(self.config.model_type)
+        auto = {"decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}.get(self.family.kind, "")
+        return getattr(transformers, heads.get(auto) or heads["AutoModel"])
+
+    def meta_model(self) -> PreTrainedModel:
+        """Build the stock model without memory for its weights."""
+        return meta_model(self.model_class(), self.config)
+
+    def close(self) -> None:
+        """Remove what was staged for reading."""
+        if self.staging is not None:
+            self.staging.cleanup()
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id as it is, and of a local path only its last part."""
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return name if is_hub_id else Path(name).expanduser().absolute().name
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence Transformers' log and progress bars: this tool says what matters itself."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model on the meta device."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source may be read. `allow_pickle` admits `.bin` files (read with weights_only)."""
+
+    revision: str | None = None
+    token: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+def open_source(name: str, options: SourceOptions = SourceOptions()) -> Source:
+    """Open a checkpoint for conversion.
+
+    Raises SourceError if it cannot be found or fetched, CheckpointError if its files are damaged,
+    UnsupportedError if it is sound but cannot be converted.
+    """
+    folder, commit, gguf_file = locate(name, options)
+    config = load_config(folder, gguf_file, options)
+    check_supported(config, name)
+    if gguf_file is not None:
+        return _open_gguf(name, folder, gguf_file, config)
+    tensors = index_tensors(folder)
+    if tensors:
+        return Source(name, folder, commit, config, tensors)
+    return _open_pickles(name, folder, commit, config, options.allow_pickle)
+
+
+def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Path, str | None, str | None]:
+    """Return the local folder of a source, its commit if it came from the Hub, and its GGUF file if it is one."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, None, path.name
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(ggufs) == 1:
+            return path, None, ggufs[0].name
+        return path, None, None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SourceError(f"{name} does not exist: give a folder with config.json and weights, or a Hub id")
+    patterns = [*_SMALL, *(_WEIGHTS if weights else ()), *(_PICKLES if weights and options.allow_pickle else ())]
+    try:
+        folder = Path(snapshot_download(name, revision=options.revision, token=options.token, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        raise SourceError(f"{name} has no revision {options.revision!r}: check --source-revision") from None
+    except GatedRepoError:
+        raise SourceError(f"{name} is gated: ask for access on its page, then log in or give --token") from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"{name} is neither a folder here nor a repository you can see: check it, or give --token"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise SourceError(
+            f"{name} is not in the cache and the Hub cannot be reached: connect, or give a folder"
+        ) from None
+    except HFValidationError:
+        raise SourceError(f"{name} is neither a folder here nor a valid Hub id (user/name)") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"{name} could not be fetched ({reason}): try again, or give a folder") from None
+    return folder, folder.name if folder.parent.name == "snapshots" else None, None
+
+
+def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> PreTrainedConfig:
+    """Read a source's config; never runs its code unless the options say so."""
+    if gguf_file is not None:
+        return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json: give the folder that save_pretrained wrote")
+    try:
+        raw = json.loads((folder / "config.json").read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error})") from None
+    model_type = str(raw.get("model_type", ""))
+    if model_type.startswith("meo_") or "meo" in raw:
+        raise UnsupportedError(f"{folder} is a MEO model already: nothing to convert; `meo-hf inspect` shows it")
+    if model_type not in FAMILIES and "auto_map" in raw and not options.trust_remote_code:
+        raise UnsupportedError(
+            f"{folder} brings its own code (model type {model_type!r}), which is not run unless you trust it: "
+            "read it, then pass --trust-remote-code"
+        )
+    try:
+        code = {"trust_remote_code": True} if options.trust_remote_code and model_type not in FAMILIES else {}
+        return AutoConfig.from_pretrained(folder, **code)
+    except Exception as error:  # transformers raises many kinds; each means that the config is unusable
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"transformers cannot read the config of {folder}: {reason}") from None
+
+
+def check_supported(config: PreTrainedConfig, name: str) -> None:
+    """Raise UnsupportedError, with what to do, for a model that cannot be converted."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedError(f"{name} is quantised: convert the unquantised checkpoint, then quantise the result")
+    experts = next((key for key in _EXPERT_KEYS if (getattr(config, key, None) or 0) > 1), None)
+    if experts is not None:
+        raise UnsupportedError(f"{name} is a mixture of experts already ({experts}): only dense models convert so far")
+    try:
+        family_of(config.model_type)
+    except MeoConfigError:
+        raise UnsupportedError(f"{name}: {_propose_row(config)}") from None
+
+
+def _propose_row(config: PreTrainedConfig) -> str:
+    text = f"no family row for model type {config.model_type!r}"
+    nested = [key for key in config.sub_configs if getattr(getattr(config, key), "model_type", "") in FAMILIES]
+    if nested:
+        return f"{text}; its {nested[0]} is of a known family: save that part as a model of its own and convert it"
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        proposal = describe_unknown(model)[0]
+    except Exception:  # a proposal is a courtesy: any failure only means that there is none
+        return f"{text}; see `meo-hf families` for those that have one"
+    up = tuple(proposal["up"])
+    return (
+        f"{text}; found {proposal['path']} with {', '.join(up)} and {proposal['down']}. If that is its feed-forward, "
+        f"add to families_meo.py: Family({config.model_type!r}, kind=..., up=({up!r},), down={proposal['down']!r}, "
+        "activation=...)"
+    )
+
+
+def index_tensors(folder: Path) -> dict[str, TensorRef]:
+    """Read the headers of all safetensors files of a checkpoint; empty if there are none.
+
+    Raises CheckpointError for a missing, truncated or damaged shard, or an index that leads elsewhere.
+    """
+    index_path = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() and not index_path.is_file():
+        return read_header(folder / "model.safetensors")
+    if not index_path.is_file():
+        return {}
+    try:
+        weight_map: dict[str, str] = json.loads(index_path.read_text("utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_path} is damaged ({error}): download it again") from None
+    tensors: dict[str, TensorRef] = {}
+    for name in files:
+        path = within(folder, name)
+        if not path.is_file():
+            raise CheckpointError(f"shard {name} is missing from {folder}: download it again")
+        tensors.update(read_header(path))
+    if lost := sorted(set(weight_map) - set(tensors)):
+        raise CheckpointError(f"{index_path} names {len(lost)} tensors that no shard holds, e.g. {lost[0]}")
+    return tensors
+
+
+def stage(
+    config: PreTrainedConfig, tensor_dicts: Iterable[dict[str, torch.Tensor]]
+) -> tuple[tempfile.TemporaryDirectory, dict[str, TensorRef]]:
+    """Write tensors of another format as a temporary safetensors checkpoint, so that they stream like any other."""
+    from safetensors.torch import save_file
+
+    staging = tempfile.TemporaryDirectory(prefix="meo-hf-")
+    folder = Path(staging.name)
+    config.save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(tensor_dicts):
+        name = f"model-{number:05d}.safetensors"
+        save_file({key: t.detach().clone().contiguous() for key, t in tensors.items()}, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return staging, index_tensors(folder)
+
+
+def _open_pickles(name: str, folder: Path, commit: str | None, config: Any, allow_pickle: bool) -> Source:
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files and not allow_pickle:
+        raise SourceError(f"{name} has no *.safetensors weights (with --allow-pickle, .bin files are read too)")
+    if not files:
+        raise SourceError(f"{name} has neither *.safetensors nor pytorch_model*.bin weights")
+    if not allow_pickle:
+        raise UnsupportedError(
+            f"{name} holds its weights as pickles (.bin), which are not read by default: pass --allow-pickle to read "
+            "them with torch.load(weights_only=True)"
+        )
+    try:
+        staging, refs = stage(
+            config, (torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files)
+        )
+    except Exception as error:  # unpicklers raise anything
+        raise CheckpointError(f"{name}: {files[0].name} cannot be read as plain weights ({error})") from None
+    return Source(name, folder, commit, config, refs, "pytorch", staging=staging)
+
+
+def _open_gguf(name: str, folder: Path, gguf_file: str, config: PreTrainedConfig) -> Source:
+    model_class = Source(name, folder, None, config, {}).model_class()
+    try:
+        with quiet_transformers():
+            model = model_class.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+    except ImportError as error:
+        raise UnsupportedError(f"{name}: {error} (pip install meo_hf[gguf])") from None
+    state = {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
+    config.architectures = [model_class.__name__]
+    staging, refs = stage(config, [state])
+    return Source(name, folder, None, config, refs, "gguf", gguf_file, staging)

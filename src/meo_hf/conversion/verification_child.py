@@ -1,0 +1,252 @@
+"""Check a conversion in a process where meo_hf cannot be imported: run as `python -I verification_child.py REQUEST`.
+
+Reads a JSON request, writes a JSON list of checks. Everything here is computed independently of the converter:
+dense models come from the stock classes, expert weights from the files by their names on disk.
+"""
+
+import json
+import sys
+
+sys.modules["meo_hf"] = None  # type: ignore[assignment]  # whoever loads this model may not have it
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
+
+TOLERANCE = 1e-5
+
+
+def relative_rms(a, b):
+    """Root mean square of a - b, relative to b's."""
+    a, b = a.double(), b.double()
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
+
+
+def read(request, name):
+    """Read a tensor of a checkpoint file by its name on disk, as float64."""
+    with safe_open(request["files"][name], framework="pt") as file:
+        return file.get_tensor(name).double()
+
+
+def inputs_for(config, kind):
+    """Random inputs; the second row is padded where the family knows padding."""
+    torch.manual_seed(0)
+    if hasattr(config, "image_size") and kind == "encoder":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), size, size)}
+    length = min(16, getattr(config, "max_position_embeddings", 16) - 4)
+    ids = torch.randint(0, config.vocab_size, (2, length))
+    mask = torch.ones_like(ids)
+    if kind != "decoder":
+        mask[1, length // 2 :] = 0
+        if config.pad_token_id is not None:
+            ids[1, length // 2 :] = config.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if kind == "encoder-decoder":
+        inputs["decoder_input_ids"] = torch.randint(0, config.vocab_size, (2, min(6, length)))
+    return inputs
+
+
+def first_tensor(outputs):
+    """Logits, or the last hidden state."""
+    found = getattr(outputs, "logits", None)
+    return outputs[0] if found is None else found
+
+
+def load_models(request):
+    """Load the converted model through its Auto class, and the dense source through its stock class."""
+    auto = getattr(transformers, request["auto_class"])
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = auto.from_pretrained(request["output"], trust_remote_code=True, **options)
+    dense = getattr(transformers, request["dense_class"]).from_pretrained(
+        request["source"], dtype=getattr(torch, request["dtype"])
+    )
+    if model.config.meo["level"] == "task":
+        model.set_task(model.config.meo["tasks"][-1])
+    return model.eval(), dense.float().eval(), info
+
+
+def loading_check(info, missing):
+    """Every tensor found its place, but for those that the source lacks too."""
+    lost = sorted(set(info["missing_keys"]) - set(missing))
+    wrong = {"missing": lost, "mismatched": sorted(map(str, info["mismatched_keys"]))}
+    bad = {name: keys for name, keys in wrong.items() if keys}
+    detail = "all tensors found their place" if not bad else f"{bad}"
+    return {"name": "loads without meo_hf", "passed": not bad, "detail": detail[:500]}
+
+
+def spread_routers(model):
+    """Draw router weights so large that gates differ clearly between inputs."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".router." in name and not name.endswith("noise_weight"):
+            parameter.data.normal_(0, 1)
+
+
+def force_expert(model, expert):
+    """Make every router choose one expert with weight one."""
+
+    def hook(module, args, output):
+        gates, balance = output
+        index = gates.top_k_index.clone()
+        others = [e for e in range(module.weight.shape[0]) if e != expert]
+        index[:, 0] = expert
+        for k in range(1, index.shape[1]):
+            index[:, k] = others[k - 1]
+        weights = torch.zeros_like(gates.top_k_weights)
+        weights[:, 0] = 1
+        return type(gates)(index, weights), balance
+
+    routers = [m for m in model.modules() if type(m).__name__ == "MeoRouter"]
+    return [router.register_forward_hook(hook) for router in routers]
+
+
+def set_dense_expert(request, dense, expert):
+    """Give the dense model's feed-forwards the weights of one expert, read from its own file."""
+    parameters = dict(dense.named_parameters())
+    for live, source in request["experts"][expert].items():
+        value = read({"files": {source["name"]: source["file"]}}, source["name"])
+        if source["index"] is not None:
+            value = value[source["index"]]
+            value = value[slice(*source["rows"])] if source["rows"] else value
+            value = value.t() if source["transposed"] and value.dim() == 2 else value
+        value = value.to(getattr(torch, request["dtype"]))
+        parameters[live].data.copy_(value)
+
+
+@torch.no_grad()
+def check_full(request):
+    """Compare whole models: the source itself where experts are copies, and single experts one by one."""
+    model, dense, info = load_models(request)
+    checks = [loading_check(info, request["missing"])]
+    own = dict(model.named_parameters())
+    for name in request["missing"]:  # both were drawn at random
+        own[name].data.copy_(dict(dense.named_parameters())[name])
+    inputs = inputs_for(dense.config, request["kind"])
+    if request["copies"]:
+        expected = first_tensor(dense(**inputs))
+        for what in ("as saved", "spread"):
+            if what == "spread":
+                spread_routers(model)
+            error = relative_rms(first_tensor(model(**inputs)), expected)
+            detail = f"relative RMS {error:.1e} (allowed {TOLERANCE:.0e}), fp32"
+            checks.append(
+                {"name": f"logits equal the source's, gates {what}", "passed": error <= TOLERANCE, "detail": detail}
+            )
+    for expert in sorted({0, len(request["experts"]) - 1} if request["experts"] else ()):
+        set_dense_expert(request, dense, expert)
+        hooks = force_expert(model, expert)
+        error = relative_rms(first_tensor(model(**inputs)), first_tensor(dense(**inputs)))
+        for hook in hooks:
+            hook.remove()
+        detail = f"relative RMS {error:.1e} (allowed {TOLERANCE:.0e}), fp32"
+        checks.append({"name": f"logits with only expert {expert}", "passed": error <= TOLERANCE, "detail": detail})
+    return checks
+
+
+def naive_feed_forward(request, block, x, mean, gates):
+    """The merged feed-forward by its definition, in float64, one group at a time."""
+    stacks = {name: read(request, disk) for name, disk in block["stacks"].items()}
+    outputs = []
+    for group, (index, weights) in enumerate(gates):
+        merged = {n: sum(w * s[e] for e, w in zip(index, weights)) for n, s in stacks.items()}
+        h = x[group].double() @ merged[block["first"]].t() + merged.get(block["first"] + "_bias", 0)
+        if block["gated"]:
+            gate, value = h.chunk(2, -1)
+            h = mean["activation"](gate) * value
+        else:
+            h = mean["activation"](h)
+        outputs.append(h @ merged["down_proj"].t() + merged.get("down_proj_bias", 0))
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
+def check_sample(request):
+    """Compare layer by layer, one layer in memory at a time."""
+    reference = request["auto_map_class"]
+    config = transformers.AutoConfig.from_pretrained(request["output"], trust_remote_code=True)
+    model_class = get_class_from_dynamic_module(reference, request["output"])
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = set(request["live_names"])
+    tied = set(model.all_tied_weights_keys)
+    lost = sorted(name for name in model.state_dict() if name not in expected | tied | set(request["missing"]))
+    checks = [
+        {
+            "name": "every tensor of the model is in the files",
+            "passed": not lost,
+            "detail": f"missing: {lost[:5]}" if lost else f"{len(expected)} tensors",
+        }
+    ]
+    worst, worst_at = 0.0, ""
+    for block in request["blocks"]:
+        error = check_layer(request, model, block)
+        if error >= worst:
+            worst, worst_at = error, block["slot"]
+    detail = (
+        f"worst relative RMS {worst:.1e} at {worst_at} (allowed {TOLERANCE:.0e}), {len(request['blocks'])} layers, fp32"
+    )
+    checks.append({"name": "each layer equals its definition", "passed": worst <= TOLERANCE, "detail": detail})
+    return checks
+
+
+def check_layer(request, model, block):
+    """Run one merged feed-forward alone on random tokens against its definition; returns the relative RMS."""
+    module = model.get_submodule(block["slot"])
+    routing = sys.modules[type(module._context).__module__]
+    module.to_empty(device="cpu").float().eval()
+    for name, disk in block["parameters"].items():
+        with safe_open(request["files"][disk], framework="pt") as file:
+            module.get_parameter(name).data.copy_(file.get_tensor(disk))
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if name.startswith("router") and not name.endswith("noise_weight"):
+            parameter.data.normal_(0, 1)  # spread gates, so that a wrong choice shows
+    width = module.experts.down_proj.shape[1]
+    x = torch.randn(2, 8, width)
+    call = routing.Call(owner=0, outer=None, rows=2, encoder_hidden_states=torch.randn(2, 5, width))
+    tasks = len(model.config.meo["tasks"])
+    if module.level == "task":
+        call.task_ids = torch.arange(2) % tasks
+    module._context.current = call
+    chosen, hooks = [], []
+    for router in (m for m in module.modules() if type(m).__name__ == "MeoRouter"):
+        hooks.append(router.register_forward_hook(lambda m, args, out: chosen.append((m, args[0], out[0]))))
+    if block["scope"] == "projection":  # definitions by single linear maps: give all maps the first one's gates
+        forced = []
+
+        def same(m, args, out):
+            forced.append(out[0])
+            return forced[0], out[1]
+
+        hooks += [m.register_forward_hook(same) for m in module.modules() if type(m).__name__ == "MeoRouter"]
+    actual = module(x)
+    for hook in hooks:
+        hook.remove()
+    module._context.current = None
+    router, seen, _ = chosen[0]
+    weight = router.weight.double()
+    logits = weight[:, seen].t() if not seen.is_floating_point() else seen.double() @ weight.t()
+    top, index = logits.topk(router.top_k, 1)
+    gates = list(zip(index.tolist(), top.softmax(1)))
+    tokens = x if module.adapter is None else module.adapter(x)
+    expected = naive_feed_forward(request, block, tokens, {"activation": module.activation}, gates)
+    module.to("meta")
+    return relative_rms(actual, expected)
+
+
+def main():
+    """Read the request, run the checks, write the answer."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        request = json.load(file)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    checks = check_full(request) if request["mode"] == "full" else check_sample(request)
+    with open(request["answer"], "w", encoding="utf-8") as file:
+        json.dump(checks, file)
+
+
+if __name__ == "__main__":
+    main()
