@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,9 @@ class Block:
             return ("gate_proj", "up_proj", "down_proj")
         return ("gate_up_proj" if self.gated else "up_proj", "down_proj")
 
-    def projection(self, path: str) -> nn.Module:
-        """Return a projection by its path on the owner."""
-        return self.owner.get_submodule(path)
+    def projection(self, path: str) -> nn.Linear:
+        """Return a projection by its path on the owner; GPT-2's Conv1D passes for a linear map here."""
+        return cast(nn.Linear, self.owner.get_submodule(path))
 
     @property
     def features(self) -> tuple[int, int]:
@@ -68,15 +68,15 @@ class Block:
         return self.projection(self.up[0]).bias is not None, self.projection(self.down).bias is not None
 
 
-def _weight_shape(linear: nn.Module) -> tuple[int, int]:
+def _weight_shape(linear: nn.Linear) -> tuple[int, int]:
     """Shape [out, in] of a projection; GPT-2's Conv1D stores [in, out]."""
-    shape = tuple(linear.weight.shape)
-    return shape[::-1] if isinstance(linear, Conv1D) else shape  # type: ignore[return-value]
+    rows, columns = linear.weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
-def oriented(linear: nn.Module) -> Tensor:
+def oriented(linear: nn.Linear) -> Tensor:
     """Return a projection's weight as [out, in]."""
-    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight  # type: ignore[return-value, operator]
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight  # type: ignore[operator]
 
 
 def find_blocks(model: nn.Module, family: Family) -> Iterator[Block]:
@@ -113,6 +113,7 @@ class MergedExperts(nn.Module):
         super().__init__()
         hidden, intermediate = block.features
         self.gated = block.gated
+        self.down_proj: nn.Parameter
         self.first = "gate_up_proj" if self.gated else "up_proj"
         width = intermediate * (2 if self.gated else 1)
         like = block.projection(block.up[0]).weight
@@ -283,7 +284,7 @@ class MeoFeedForward(nn.Module):
             twin = twin.to_empty(device=device)
             twin.apply(init_weights)
             for name, paths in ((self.experts.first, up), ("down_proj", (down,))):
-                linears = [twin.get_submodule(path) for path in paths]
+                linears = [cast(nn.Linear, twin.get_submodule(path)) for path in paths]
                 weight, bias = getattr(self.experts, name), getattr(self.experts, f"{name}_bias")
                 if not getattr(weight, "_is_hf_initialized", False):
                     weight[expert] = torch.cat([oriented(linear) for linear in linears])
@@ -368,7 +369,7 @@ def describe_unknown(model: nn.Module) -> list[dict[str, Any]]:
     for path, module in model.named_modules():
         linears = [n for n, m in module.named_children() if isinstance(m, (nn.Linear, Conv1D))]
         if len(linears) in (2, 3):
-            shapes = {n: _weight_shape(module.get_submodule(n)) for n in linears}
+            shapes = {n: _weight_shape(cast(nn.Linear, module.get_submodule(n))) for n in linears}
             ins = {shape[1] for shape in shapes.values()}
             outs = {shape[0] for shape in shapes.values()}
             if len(ins) == 2 and len(outs) == 2:

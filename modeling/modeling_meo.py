@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -162,10 +162,11 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the MEO class of a Transformers model class, made once."""
     name = f"Meo{base.__name__}"
     if name not in globals():
-        config_class = meo_config_class(base.config_class)
+        stock_config = cast("type[PreTrainedConfig]", base.config_class)
+        config_class = meo_config_class(stock_config)
         family = family_of(config_class.model_type)
         _share_conversions(base.__name__, name)
-        _share_conversions(base.config_class.model_type, config_class.model_type)
+        _share_conversions(stock_config.model_type, config_class.model_type)
         mixin = MeoGenerationMixin if issubclass(base, GenerationMixin) else MeoModelMixin
         in_fp32 = list(base._keep_in_fp32_modules or [])
         globals()[name] = type(
@@ -185,7 +186,7 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def __getattr__(name: str) -> Any:
     base = getattr(transformers, name[3:], None) if name.startswith("Meo") else None
-    known = isinstance(base, type) and issubclass(base, PreTrainedModel)
-    if not known or getattr(base.config_class, "model_type", None) not in FAMILIES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return meo_model_class(base)
+    is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
+    if is_model and getattr(base.config_class, "model_type", None) in FAMILIES:  # type: ignore[union-attr]
+        return meo_model_class(cast("type[PreTrainedModel]", base))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

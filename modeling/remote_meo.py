@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,7 @@ def code_files() -> list[Path]:
     return sorted(Path(__file__).parent.glob("*_meo.py"))
 
 
-def write_code_files(directory: str | Path) -> None:
+def write_code_files(directory: str | os.PathLike[str]) -> None:
     """Copy all remote-code files into a directory."""
     for file in code_files():
         if file.parent.resolve() != Path(directory).resolve():

@@ -1,0 +1,1 @@
+"""Count and measure what MEO models cost."""

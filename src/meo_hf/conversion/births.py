@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -100,7 +101,12 @@ class Drawn:
         yield raw_bytes(tensor.to(DTYPES[target.dtype]))
 
 
-Recipe = Copied | Stacked | Drawn
+class Recipe(Protocol):
+    """Where the bytes of a target tensor come from."""
+
+    def chunks(self, target: TensorSpec) -> Iterator[memoryview]:
+        """Yield the target's bytes."""
+        ...
 
 
 def _cast(source: TensorRef, dtype: str) -> Iterator[memoryview]:

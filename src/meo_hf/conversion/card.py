@@ -75,7 +75,7 @@ def _metadata(report: ConversionReport, source: Source, license_: str | None) ->
         pipeline_tag=getattr(own, "pipeline_tag", None) or _pipeline_tag(report.model_class),
         base_model=bases or None,
         tags=["meo", "merging-experts", "custom_code"],
-        **({"base_model_relation": "merge" if report.experts else "finetune"} if bases else {}),
+        base_model_relation=("merge" if report.experts else "finetune") if bases else None,
     )
 
 
@@ -172,7 +172,7 @@ _LEVEL_TEXT = {
     "task": "one merged expert per task",
 }
 _BIRTH_TEXT = {
-    "copy": "All experts start as copies of the dense feed-forward, so before training it computes what the source does.",
+    "copy": "All experts start as copies of the dense feed-forward: before training it computes what the source does.",
     "noise": "Experts are noisy copies of the dense feed-forward; fine-tune before use.",
     "drop-upcycle": "Half of each expert's neurons were drawn anew (arXiv 2502.19261); fine-tune before use.",
     "given": "Experts come from different checkpoints and routers are untrained; fine-tune before use.",

@@ -81,6 +81,7 @@ def convert(
         raise UsageError(f"--verify {verify!r} is unknown: give one of {', '.join(MODES)}")
     _check_shard_size(max_shard_size)
     output = Path(output).expanduser().absolute()
+    names = [os.fspath(name) for name in (source, *experts)]
     options = Options(
         num_experts=num_experts,
         top_k=top_k,
@@ -94,11 +95,11 @@ def convert(
     )
     read = SourceOptions(source_revision, token, trust_remote_code, allow_pickle)
     if not dry_run:
-        check_output(output, overwrite, [os.fspath(source), *map(os.fspath, experts)])
+        check_output(output, overwrite, names)
         if push_to_hub is not None:
             check_login(token)
     with ExitStack() as stack:
-        opened = _open_all([os.fspath(source), *map(os.fspath, experts)], read, stack)
+        opened = _open_all(names, read, stack)
         plan = build_plan(opened[0], opened[1:], options)
         licenses = licenses_of(opened)
         license_ = resolve_license(licenses, license)

@@ -147,8 +147,8 @@ def _targets(
                     stack = live[f"{block.slot}.experts.{target}{suffix}"]
                     router = live[f"{block.slot}.{_router_name(settings, path, target, len(paths), block.up)}.weight"]
                     rows = (start, start + width) if len(paths) > 1 else None
-                    recipe = Merged(stack, router, task, settings.top_k, rows, transposed)
-                    recipes[f"{block.path}.{path}.{leaf}"] = (stack, recipe)  # type: ignore[assignment]
+                    recipe: Recipe = Merged(stack, router, task, settings.top_k, rows, transposed)
+                    recipes[f"{block.path}.{path}.{leaf}"] = (stack, recipe)
                 start += width
     for name, ref in live.items():
         if not any(name.startswith(slot) for slot in replaced):

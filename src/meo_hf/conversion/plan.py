@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -294,7 +294,7 @@ def _dtype_code(plan: Plan, dense: PreTrainedModel, name: str, recipe: Recipe) -
     asked = plan.options.dtype
     if isinstance(recipe, Drawn):
         return CODES[asked or plan.source.dtype]
-    ref = recipe.source if isinstance(recipe, Copied) else recipe.experts[0][0]
+    ref = recipe.experts[0][0] if isinstance(recipe, Stacked) else cast(Copied, recipe).source
     if asked is None or not DTYPES[ref.spec.dtype].is_floating_point:
         return ref.spec.dtype
     keep = plan.model_class._keep_in_fp32_modules or []

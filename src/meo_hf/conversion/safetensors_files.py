@@ -175,7 +175,9 @@ class ShardWriter:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's bytes without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    if not flat.numel():
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def sha256_of(path: Path) -> str:

@@ -9,11 +9,11 @@ import sys
 
 sys.modules["meo_hf"] = None  # type: ignore[assignment]  # whoever loads this model may not have it
 
-import torch
-import transformers
-from safetensors import safe_open
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 TOLERANCE = 1e-5
 
@@ -151,7 +151,7 @@ def naive_feed_forward(request, block, x, mean, gates):
     stacks = {name: read(request, disk) for name, disk in block["stacks"].items()}
     outputs = []
     for group, (index, weights) in enumerate(gates):
-        merged = {n: sum(w * s[e] for e, w in zip(index, weights)) for n, s in stacks.items()}
+        merged = {n: sum(w * s[e] for e, w in zip(index, weights, strict=True)) for n, s in stacks.items()}
         h = x[group].double() @ merged[block["first"]].t() + merged.get(block["first"] + "_bias", 0)
         if block["gated"]:
             gate, value = h.chunk(2, -1)
@@ -230,7 +230,7 @@ def check_layer(request, model, block):
     weight = router.weight.double()
     logits = weight[:, seen].t() if not seen.is_floating_point() else seen.double() @ weight.t()
     top, index = logits.topk(router.top_k, 1)
-    gates = list(zip(index.tolist(), top.softmax(1)))
+    gates = list(zip(index.tolist(), top.softmax(1), strict=True))
     tokens = x if module.adapter is None else module.adapter(x)
     expected = naive_feed_forward(request, block, tokens, {"activation": module.activation}, gates)
     module.to("meta")
