@@ -128,7 +128,7 @@ class MergedExperts(nn.Module):
         """Return weight and bias stacks of a linear map; `gate_proj` and `up_proj` are halves of the fused one."""
         if name in ("gate_proj", "up_proj") and self.gated:
             half = 0 if name == "gate_proj" else 1
-            weight, bias = self.gate_up_proj, self.gate_up_proj_bias
+            weight, bias = self.stack(self.first)
             return weight.chunk(2, 1)[half], None if bias is None else bias.chunk(2, 1)[half]
         return getattr(self, name), getattr(self, f"{name}_bias")
 

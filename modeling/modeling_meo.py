@@ -21,7 +21,7 @@ from .configuration_meo import meo_config_class, settings_of
 from .errors_meo import MeoConfigError
 from .families_meo import FAMILIES, family_of
 from .feedforward_meo import merged_feed_forwards, replace_blocks
-from .routing_meo import RoutingContext, install_hooks
+from .routing_meo import RoutingContext, close_call, install_hooks, open_call
 
 _LABELS = ("labels", "start_positions", "next_sentence_label", "mc_labels")
 
@@ -37,8 +37,9 @@ class MeoModelMixin:
         settings = settings_of(self.config)
         context = RoutingContext()
         replace_blocks(self, family_of(self.config.model_type), settings, context)  # type: ignore[arg-type]
+        self._meo_context = context
         for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, PreTrainedModel):
+            if isinstance(module, PreTrainedModel) and module is not self:
                 install_hooks(module, context)
         self._meo_tasks = list(settings.tasks)
         if settings.default_task is not None:
@@ -134,14 +135,22 @@ class MeoGenerationMixin(MeoModelMixin):
 
 
 def _routed_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward with the base's signature plus `task_ids`, which the routing hooks have taken already."""
+    """Return a forward with the base's signature plus `task_ids`, that opens the routing call of the model.
+
+    No hook: some libraries call `model.forward` itself.
+    """
     signature = inspect.signature(base_forward)
+    names = tuple(signature.parameters)[1:]
 
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        outputs = base_forward(self, *args, **kwargs)
-        names = list(signature.parameters)[1:]
-        return self._add_balance_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
+        context = self._meo_context
+        open_call(context, self, names, args, {**kwargs, "task_ids": task_ids})
+        try:
+            outputs = base_forward(self, *args, **kwargs)
+            return self._add_balance_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
+        finally:
+            close_call(context, self)
 
     parameters = list(signature.parameters.values())
     added = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
@@ -186,7 +195,7 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def __getattr__(name: str) -> Any:
     base = getattr(transformers, name[3:], None) if name.startswith("Meo") else None
-    is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
-    if is_model and getattr(base.config_class, "model_type", None) in FAMILIES:  # type: ignore[union-attr]
-        return meo_model_class(cast("type[PreTrainedModel]", base))
+    config_class = getattr(base, "config_class", None)
+    if base is not None and issubclass(base, PreTrainedModel) and getattr(config_class, "model_type", None) in FAMILIES:
+        return meo_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

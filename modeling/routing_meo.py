@@ -131,7 +131,7 @@ class RoutingContext:
         if self.current is None:
             raise RoutingContextError(
                 "a merged feed-forward ran outside its model's forward pass, so nobody knows which tokens are "
-                "padding: call the model itself, not `.forward` or a layer"
+                "padding: call the model, not one of its layers"
             )
         return self.current
 
@@ -143,18 +143,18 @@ def _argument(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, A
     return args[position] if position < len(args) else None
 
 
-def enter_call(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Open a call: a forward pre-hook of every PreTrainedModel in the tree."""
-    context: RoutingContext = module._meo_context  # type: ignore[assignment]
-    names: tuple[str, ...] = module._meo_arguments  # type: ignore[assignment]
+def open_call(
+    context: RoutingContext, owner: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Open the call of a stack's forward pass; `names` are its positional arguments.
+
+    Raises RoutingError for task ids that do not fit the batch.
+    """
     outer = context.current
-    kwargs = dict(kwargs)
-    task_ids = kwargs.pop("task_ids", None)
     find = lambda name: _argument(names, args, kwargs, name)  # noqa: E731
     batched = next((v for v in map(find, _BATCHED) if isinstance(v, Tensor)), None)
     rows = None if batched is None else batched.shape[0]
+    task_ids = find("task_ids")
     if task_ids is not None:
         task_ids = _checked_task_ids(task_ids, rows)
     elif outer is not None and outer.task_ids is not None:
@@ -162,7 +162,7 @@ def enter_call(
         if rows is not None and outer.rows and rows % outer.rows == 0:  # multiple choice: several rows each
             task_ids = task_ids.repeat_interleave(rows // outer.rows)
     call = Call(
-        owner=id(module),
+        owner=id(owner),
         outer=outer,
         rows=rows,
         mask=find("attention_mask"),
@@ -175,22 +175,29 @@ def enter_call(
     if outer is not None:
         call.balance = outer.balance
     context.current = call
-    return args, kwargs
 
 
-def leave_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    """Close the call that this module opened: a forward hook that also runs after an exception."""
-    context: RoutingContext = module._meo_context  # type: ignore[assignment]
-    if context.current is not None and context.current.owner == id(module):
+def close_call(context: RoutingContext, owner: nn.Module) -> None:
+    """Close the call that this stack opened, if it did."""
+    if context.current is not None and context.current.owner == id(owner):
         context.current = context.current.outer
 
 
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    open_call(module._meo_context, module, module._meo_arguments, args, kwargs)  # type: ignore[arg-type]
+    return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
+
+
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    close_call(module._meo_context, module)  # type: ignore[arg-type]
+
+
 def install_hooks(module: nn.Module, context: RoutingContext) -> None:
-    """Make a model open a call around its forward pass."""
+    """Make a nested stock model open a call around its forward pass, and close it after an exception too."""
     module._meo_context = context  # type: ignore[assignment]
     module._meo_arguments = tuple(inspect.signature(module.forward).parameters)  # type: ignore[assignment]
-    module.register_forward_pre_hook(enter_call, with_kwargs=True)
-    module.register_forward_hook(leave_call, with_kwargs=True, always_call=True)
+    module.register_forward_pre_hook(_enter, with_kwargs=True)
+    module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
 
 
 def _checked_task_ids(task_ids: Any, rows: int | None) -> Tensor:

@@ -295,7 +295,7 @@ def run(command: Callable[[], Any]) -> int:
         return _complain(error, CHECK_FAILED)
     except MeoError as error:
         return _complain(error, BAD_INPUT)
-    except KeyboardInterrupt:
+    except (_InterruptedRun, KeyboardInterrupt):
         err.print("interrupted: nothing was kept")
         return INTERRUPTED
     return OK
@@ -306,23 +306,16 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
+class _InterruptedRun(BaseException):
+    """Raised by signals; typer would turn a KeyboardInterrupt into exit code 1."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _InterruptedRun
 
 
 def main() -> None:
     """Entry point of the console script."""
-    import click
-
-    signal.signal(signal.SIGTERM, _terminate)  # so that a killed run cleans up like an interrupted one
-
-    def command() -> None:
-        try:
-            app(standalone_mode=False)
-        except click.exceptions.Abort:
-            raise KeyboardInterrupt from None
-        except click.ClickException as error:
-            error.show()
-            raise SystemExit(error.exit_code) from None
-
-    sys.exit(run(command))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a killed run cleans up like an interrupted one
+        signal.signal(number, _interrupt)
+    sys.exit(run(app))

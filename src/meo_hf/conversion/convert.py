@@ -247,7 +247,8 @@ def _check_space(output: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes + SPARE_BYTES:
         raise OutputError(
-            f"{nbytes / 1e9:.2f} GB are needed in {parent}, {free / 1e9:.2f} GB are free: make room, or give another output"
+            f"{nbytes / 1e9:.2f} GB are needed in {parent}, {free / 1e9:.2f} GB are free: make room, or give another "
+            "output"
         )
 
 

@@ -118,11 +118,11 @@ def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str)
         "experts": _expert_sources(plan, blocks, written, to_disk),
         "files": {name: str(ref.path) for name, ref in written.items()},
         "live_names": [live for live, disk in to_disk.items() if disk in written],
-        "blocks": [_block_request(block, meo, to_disk, plan) for block in blocks],
+        "blocks": [_block_request(block, meo, to_disk) for block in blocks],
     }
 
 
-def _block_request(block: Block, meo: torch.nn.Module, to_disk: dict[str, str], plan: Plan) -> dict[str, Any]:
+def _block_request(block: Block, meo: torch.nn.Module, to_disk: dict[str, str]) -> dict[str, Any]:
     module = next(ff for path, ff in merged_feed_forwards(meo) if path == block.slot)
     names = {name: to_disk[f"{block.slot}.{name}"] for name, _ in module.named_parameters()}
     stacks = {n.removeprefix("experts."): disk for n, disk in names.items() if n.startswith("experts.")}
@@ -130,7 +130,6 @@ def _block_request(block: Block, meo: torch.nn.Module, to_disk: dict[str, str], 
         "slot": block.slot,
         "first": module.experts.first,
         "gated": block.gated,
-        "scope": plan.settings["gate_scope"],
         "stacks": stacks,
         "parameters": names,
     }

@@ -24,10 +24,10 @@ def relative_rms(a, b):
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
 
 
-def read(request, name):
-    """Read a tensor of a checkpoint file by its name on disk, as float64."""
-    with safe_open(request["files"][name], framework="pt") as file:
-        return file.get_tensor(name).double()
+def read(path, name, index=None):
+    """Read a tensor by its name on disk, or one expert of a stack, as float32."""
+    with safe_open(path, framework="pt") as file:
+        return (file.get_tensor(name) if index is None else file.get_slice(name)[index]).float()
 
 
 def inputs_for(config, kind):
@@ -107,9 +107,8 @@ def set_dense_expert(request, dense, expert):
     """Give the dense model's feed-forwards the weights of one expert, read from its own file."""
     parameters = dict(dense.named_parameters())
     for live, source in request["experts"][expert].items():
-        value = read({"files": {source["name"]: source["file"]}}, source["name"])
+        value = read(source["file"], source["name"], source["index"])
         if source["index"] is not None:
-            value = value[source["index"]]
             value = value[slice(*source["rows"])] if source["rows"] else value
             value = value.t() if source["transposed"] and value.dim() == 2 else value
         value = value.to(getattr(torch, request["dtype"]))
@@ -146,20 +145,22 @@ def check_full(request):
     return checks
 
 
-def naive_feed_forward(request, block, x, mean, gates):
-    """The merged feed-forward by its definition, in float64, one group at a time."""
-    stacks = {name: read(request, disk) for name, disk in block["stacks"].items()}
-    outputs = []
-    for group, (index, weights) in enumerate(gates):
-        merged = {n: sum(w * s[e] for e, w in zip(index, weights, strict=True)) for n, s in stacks.items()}
-        h = x[group].double() @ merged[block["first"]].t() + merged.get(block["first"] + "_bias", 0)
-        if block["gated"]:
-            gate, value = h.chunk(2, -1)
-            h = mean["activation"](gate) * value
-        else:
-            h = mean["activation"](h)
-        outputs.append(h @ merged["down_proj"].t() + merged.get("down_proj_bias", 0))
-    return torch.stack(outputs)
+def naive_feed_forward(request, block, x, activation, index, weights):
+    """The merged feed-forward by its definition: tokens x [T, D], one group's experts and their weights."""
+
+    def merged(name):
+        if name not in block["stacks"]:
+            return torch.zeros(())
+        disk = block["stacks"][name]
+        return sum(w * read(request["files"][disk], disk, e) for e, w in zip(index, weights, strict=True))
+
+    h = x @ merged(block["first"]).t() + merged(block["first"] + "_bias")
+    if block["gated"]:
+        gate, value = h.chunk(2, -1)
+        h = activation(gate) * value
+    else:
+        h = activation(h)
+    return h @ merged("down_proj").t() + merged("down_proj_bias")
 
 
 @torch.no_grad()
@@ -193,9 +194,8 @@ def check_sample(request):
 
 
 def check_layer(request, model, block):
-    """Run one merged feed-forward alone on random tokens against its definition; returns the relative RMS."""
+    """Run one merged feed-forward alone on random tokens against its definition; returns the worst relative RMS."""
     module = model.get_submodule(block["slot"])
-    routing = sys.modules[type(module._context).__module__]
     module.to_empty(device="cpu").float().eval()
     for name, disk in block["parameters"].items():
         with safe_open(request["files"][disk], framework="pt") as file:
@@ -204,37 +204,42 @@ def check_layer(request, model, block):
     for name, parameter in module.named_parameters():
         if name.startswith("router") and not name.endswith("noise_weight"):
             parameter.data.normal_(0, 1)  # spread gates, so that a wrong choice shows
+    error = max(one_group(request, model, module, block, seed) for seed in range(2))
+    module.to("meta")
+    return error
+
+
+def one_group(request, model, module, block, seed):
+    """Compare a merged feed-forward with its definition for one group of tokens."""
+    routing = sys.modules[type(module._context).__module__]
+    generator = torch.Generator().manual_seed(seed)
     width = module.experts.down_proj.shape[1]
-    x = torch.randn(2, 8, width)
-    call = routing.Call(owner=0, outer=None, rows=2, encoder_hidden_states=torch.randn(2, 5, width))
-    tasks = len(model.config.meo["tasks"])
+    x = torch.randn(1, 8, width, generator=generator)
+    encoded = torch.randn(1, 5, width, generator=generator)
+    call = routing.Call(owner=0, outer=None, rows=1, encoder_hidden_states=encoded)
     if module.level == "task":
-        call.task_ids = torch.arange(2) % tasks
+        call.task_ids = torch.tensor([seed % len(model.config.meo["tasks"])])
+    seen = []
+
+    def first_gates(router, args, output):
+        # a definition by linear maps needs one choice: with a gate per map, all take the first one's
+        seen.append((router, args[0], output[0]))
+        return seen[0][2], output[1]
+
+    routers = [m for m in module.modules() if type(m).__name__ == "MeoRouter"]
+    hooks = [router.register_forward_hook(first_gates) for router in routers]
     module._context.current = call
-    chosen, hooks = [], []
-    for router in (m for m in module.modules() if type(m).__name__ == "MeoRouter"):
-        hooks.append(router.register_forward_hook(lambda m, args, out: chosen.append((m, args[0], out[0]))))
-    if block["scope"] == "projection":  # definitions by single linear maps: give all maps the first one's gates
-        forced = []
-
-        def same(m, args, out):
-            forced.append(out[0])
-            return forced[0], out[1]
-
-        hooks += [m.register_forward_hook(same) for m in module.modules() if type(m).__name__ == "MeoRouter"]
     actual = module(x)
+    module._context.current = None
     for hook in hooks:
         hook.remove()
-    module._context.current = None
-    router, seen, _ = chosen[0]
-    weight = router.weight.double()
-    logits = weight[:, seen].t() if not seen.is_floating_point() else seen.double() @ weight.t()
+    router, pooled, _ = seen[0]
+    weight = router.weight
+    logits = pooled @ weight.t() if pooled.is_floating_point() else weight[:, pooled].t()
     top, index = logits.topk(router.top_k, 1)
-    gates = list(zip(index.tolist(), top.softmax(1), strict=True))
     tokens = x if module.adapter is None else module.adapter(x)
-    expected = naive_feed_forward(request, block, tokens, {"activation": module.activation}, gates)
-    module.to("meta")
-    return relative_rms(actual, expected)
+    expected = naive_feed_forward(request, block, tokens[0], module.activation, index[0].tolist(), top[0].softmax(0))
+    return relative_rms(actual[0], expected)
 
 
 def main():
