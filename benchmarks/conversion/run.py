@@ -58,18 +58,14 @@ class Run:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, help="directory that make_checkpoints.py wrote")
     parser.add_argument("work", type=Path, help="directory for the outputs, the configurations and the logs")
     parser.add_argument("--ours", type=Path, metavar="EXECUTABLE", help="path to meo-hf")
     parser.add_argument("--mergekit-moe", type=Path, metavar="EXECUTABLE", help="path to mergekit-moe")
     parser.add_argument("--mixturekit", type=Path, metavar="EXECUTABLE", help="path to mixturekit")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: %(default)s)")
-    parser.add_argument(
-        "--warmups", type=int, default=1, help="discarded first rounds (default: %(default)s)"
-    )
+    parser.add_argument("--warmups", type=int, default=1, help="discarded first rounds (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="result file (default: WORK/results.json)")
     args = parser.parse_args()
     if not (args.ours or args.mergekit_moe or args.mixturekit):
@@ -335,11 +331,7 @@ def print_table(tools: Sequence[Tool], summaries: Summaries, found: dict[str, di
     """Print one line for each tool."""
     columns = "{:<13} {:>9} {:>7} {:>15} {:>7} {:>8} {:>7} {:>8} {:>7}"
     print()
-    print(
-        columns.format(
-            "tool", "version", "wall s", "range", "cpu s", "flush s", "RSS MB", "anon MB", "out MB"
-        )
-    )
+    print(columns.format("tool", "version", "wall s", "range", "cpu s", "flush s", "RSS MB", "anon MB", "out MB"))
     for tool in tools:
         row = summaries[tool.name]
         low, high = row["wall_seconds_range"]
