@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from meo_hf.modeling.families_meo import FAMILIES
-from meo_hf.modeling.feedforward_meo import MeoFeedForward
-from meo_hf.modeling.remote_meo import heads_of
-
 import transformers
+from meo_hf.modeling.configuration_meo import meo_config_class
+from meo_hf.modeling.families_meo import FAMILIES, Family
+from meo_hf.modeling.feedforward_meo import MeoFeedForward
+from meo_hf.modeling.modeling_meo import meo_model_class
+from meo_hf.modeling.remote_meo import heads_of
+from meo_hf.modeling.routing_meo import Gates, MeoRouter
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 VOCAB = 99
 _COMMON = {
@@ -125,14 +131,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """Return a small config of a family's stock class, dropout off unless asked for."""
+def tiny_config(model_type: str, every_dropout: float = 0.0, **overrides: Any) -> PreTrainedConfig:
+    """Return a small config of a family's stock class, with every dropout at one rate."""
     kind = FAMILIES[model_type].kind
     values = dict(_OVERRIDES.get(model_type, _COMMON if kind == "encoder" else _GROUPED))
     config_class = CONFIG_MAPPING[model_type]
     fields = config_class.__dataclass_fields__
-    dropouts = {name: 0.0 for name in fields if "drop" in name and isinstance(fields[name].default, float)}
-    return config_class(**{**dropouts, **values, **overrides})
+    rates = {n: every_dropout for n, f in fields.items() if "drop" in n and isinstance(f.default, float)}
+    return config_class(**{**rates, **values, **overrides})
 
 
 def main_class(model_type: str) -> type[PreTrainedModel]:
@@ -156,7 +162,7 @@ def spread(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def draw_experts(model: PreTrainedModel, seed: int = 1, spread_of_gates: float = 3.0) -> PreTrainedModel:
+def draw_experts(model: PreTrainedModel, seed: int = 1, spread_of_gates: float = 1.5) -> PreTrainedModel:
     """Draw every expert on its own, and routers whose logits differ by more than one between inputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -167,24 +173,98 @@ def draw_experts(model: PreTrainedModel, seed: int = 1, spread_of_gates: float =
                 fan_in = parameter.shape[-1] if parameter.dim() == 3 else 100
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
             for name, parameter in module.router.named_parameters():
-                if not name.endswith("noise_weight"):
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread_of_gates)
+                drawn = torch.randn(parameter.shape, generator=generator) * spread_of_gates
+                parameter.copy_(drawn if not name.endswith("noise_weight") else torch.zeros_like(drawn))
             if module.adapter is not None:
-                parameter = module.adapter.up.weight
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                for parameter in module.adapter.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
 
-def tiny_inputs(model_type: str, rows: int = 3, length: int = 8, seed: int = 2) -> dict[str, Tensor]:
-    """Return inputs without padding for a family's main class."""
+def tiny_inputs(model_type: str, rows: int = 3, length: int = 8, seed: int = 3) -> dict[str, Tensor]:
+    """Return inputs without padding for a family's main class; rows of few words each, so that their means differ."""
     generator = torch.Generator().manual_seed(seed)
     if model_type == "vit":
         return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
 
     def ids(width: int) -> Tensor:
-        return torch.randint(5, VOCAB, (rows, width), generator=generator)
+        words = torch.randint(5, VOCAB, (rows, 3), generator=generator)
+        return words.gather(1, torch.randint(0, 3, (rows, width), generator=generator))
 
     inputs = {"input_ids": ids(length), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
     if FAMILIES[model_type].kind == "encoder-decoder":
         inputs["decoder_input_ids"] = ids(6)
     return inputs
+
+
+def tiny_dense(model_type: str, head: type[PreTrainedModel] | None = None, **overrides: Any) -> PreTrainedModel:
+    """Return a tiny stock model with spread weights."""
+    return spread((head or main_class(model_type))(tiny_config(model_type, **overrides))).eval()
+
+
+def meo_config(config: PreTrainedConfig, **meo: Any) -> PreTrainedConfig:
+    """Return the MEO config of a stock config."""
+    values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    return meo_config_class(type(config)).from_dict({**values, "meo": {"num_experts": 6, **meo}})
+
+
+def meo_of(dense: PreTrainedModel, **meo: Any) -> PreTrainedModel:
+    """Return the MEO model whose every expert is the dense feed-forward, behind routers that choose.
+
+    Finds the projections on its own, from the family's row, and fails where any other name differs.
+    """
+    family = FAMILIES[dense.config.model_type]
+    with no_init_weights():  # every parameter is written below
+        model = draw_experts(meo_model_class(type(dense))(meo_config(dense.config, **meo))).eval()
+    merged = merged_of(model)
+    owners = {path: path.removesuffix(f".{family.up[0][0]}") if family.hosted else path for path in merged}
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    assert merged, "no feed-forward was replaced"
+    assert all(name.startswith(tuple(f"{path}." for path in merged)) for name in missing), missing
+    assert all(name.startswith(tuple(f"{path}." for path in owners.values())) for name in unexpected), unexpected
+    for path, module in merged.items():
+        copy_into_experts(dense.get_submodule(owners[path]), family, module)
+    return model
+
+
+@torch.no_grad()
+def copy_into_experts(owner: nn.Module, family: Family, module: MeoFeedForward) -> None:
+    """Make every expert a copy of the dense projections that a module owns, and its adapter the identity."""
+    up = next(paths for paths in family.up if all(hasattr(owner, path.split(".")[0]) for path in paths))
+    for name, paths in ((module.experts.first, up), ("down_proj", (family.down,))):
+        linears = [owner.get_submodule(path) for path in paths]
+        weights = [linear.weight.t() if isinstance(linear, Conv1D) else linear.weight for linear in linears]
+        getattr(module.experts, name).copy_(torch.cat(weights))
+        bias = getattr(module.experts, f"{name}_bias")
+        assert (bias is None) == (linears[0].bias is None), f"{name}: only one of dense and merged has a bias"
+        if bias is not None:
+            bias.copy_(torch.cat([linear.bias for linear in linears]))
+    if module.adapter is not None:
+        module.adapter.up.weight.zero_()
+        module.adapter.up.bias.zero_()
+
+
+def merged_of(model: PreTrainedModel) -> dict[str, MeoFeedForward]:
+    """Return the merged feed-forwards by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MeoFeedForward)}
+
+
+@contextmanager
+def recorded_gates(model: PreTrainedModel) -> Iterator[dict[str, list[Gates]]]:
+    """Collect what each router chose, by its path."""
+    gates: dict[str, list[Gates]] = defaultdict(list)
+    routers = [(path, module) for path, module in model.named_modules() if isinstance(module, MeoRouter)]
+    hooks = [
+        module.register_forward_hook(lambda _m, _a, out, path=path: gates[path].append(out[0]))
+        for path, module in routers
+    ]
+    try:
+        yield gates
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def inputs_as(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return inputs with floating-point values in another precision."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
