@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from meo_hf.errors import CheckpointError
 
-CHUNK = 16 * 2**20
+CHUNK = 4 * 2**20
 MAX_HEADER = 100 * 2**20
 
 DTYPES: dict[str, torch.dtype] = {
@@ -143,6 +144,7 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
         self._file = path.open("xb", buffering=0)
         self._emit(len(text).to_bytes(8, "little") + text)
         self._written = 0
@@ -153,10 +155,11 @@ class ShardWriter:
         self._written += len(data)
 
     def _emit(self, data: memoryview | bytes) -> None:
-        self._hash.update(data)
+        hashed = self._hasher.submit(self._hash.update, data)  # hashing costs more than writing to the page cache
         view = memoryview(data)
         while view:  # a raw write may take less than all
             view = view[self._file.write(view) :]
+        hashed.result()
 
     def close(self) -> str:
         """Finish the file and return its sha256; raises CheckpointError if bytes are missing or too many."""
@@ -169,6 +172,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._hasher.shutdown()
         self._file.close()
 
 
