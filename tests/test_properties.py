@@ -45,7 +45,7 @@ def test_merging_weights_equals_combining_outputs(seed: int, groups: int, expert
         [
             sum(
                 g * (x[row] @ stack[e].t() + (0 if biases is None else biases[e]))
-                for e, g in zip(index[row], gates[row])
+                for e, g in zip(index[row], gates[row], strict=True)
             )
             for row in range(groups)
         ]

@@ -268,3 +268,10 @@ def recorded_gates(model: PreTrainedModel) -> Iterator[dict[str, list[Gates]]]:
 def inputs_as(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return inputs with floating-point values in another precision."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def labels_for(model_type: str, inputs: dict[str, Tensor]) -> Tensor:
+    """Return labels for a family's main class."""
+    if model_type == "vit":
+        return torch.arange(len(inputs["pixel_values"])) % 2
+    return inputs.get("decoder_input_ids", inputs["input_ids"])
