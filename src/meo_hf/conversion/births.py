@@ -39,7 +39,7 @@ class Stacked:
     """An expert stack: for each expert its source tensors, joined along the first axis.
 
     `transposed` marks sources stored [in, out]. `neurons` is the axis, in [out, in], that counts intermediate
-    neurons, and `halves` is 2 where one source holds gate and up: drop-upcycling redraws whole neurons.
+    neurons, and `halves` is 2 where one source holds gate and up: each matrix is changed on its own.
     `layer` names the feed-forward.
     """
 
@@ -67,19 +67,21 @@ class Stacked:
             return weight
         weight = weight.to(torch.float32)
         draw = generator(self.seed, self.birth, self.layer, part.spec.name, expert)
-        if self.birth == "noise":
-            return weight + NOISE * weight.std() * torch.randn(weight.shape, generator=draw)
-        return self._dropped(weight, expert, draw)
+        for matrix in weight.chunk(self.halves):
+            if self.birth == "noise":
+                matrix.add_(torch.randn(matrix.shape, generator=draw), alpha=NOISE * float(matrix.std()))
+            else:
+                self._drop(matrix, expert, draw)
+        return weight
 
-    def _dropped(self, weight: torch.Tensor, expert: int, draw: torch.Generator) -> torch.Tensor:
-        """Redraw half of the neurons, the same ones in all projections of the expert (arXiv 2502.19261)."""
-        width = weight.shape[self.neurons] // self.halves
+    def _drop(self, matrix: torch.Tensor, expert: int, draw: torch.Generator) -> None:
+        """Redraw half of the neurons, the same ones in all matrices of the expert (arXiv 2502.19261)."""
+        width = matrix.shape[self.neurons]
         chosen = torch.randperm(width, generator=generator(self.seed, "neurons", self.layer, expert))
         chosen = chosen[: round(DROPPED * width)]
-        index = torch.cat([chosen + width * half for half in range(self.halves)])
-        replaced = weight.index_select(self.neurons, index)
+        replaced = matrix.index_select(self.neurons, chosen)
         fresh = torch.randn(replaced.shape, generator=draw) * replaced.std() + replaced.mean()
-        return weight.index_copy(self.neurons, index, fresh)
+        matrix.index_copy_(self.neurons, chosen, fresh)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from meo_hf.conversion.report import ConversionReport
-from meo_hf.conversion.source import Source, public_name
+from meo_hf.conversion.source import Source, auto_class_of, public_name
 from meo_hf.errors import LicenseError
 
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense", "cc-by-4.0"}
@@ -93,14 +93,7 @@ def _text(report: ConversionReport, license_: str | None) -> str:
         "; ".join(public_name(expert["id"]) for expert in report.experts)
         or f"born by `{report.options['expert_init']}`"
     )
-    auto = (
-        "AutoModel" + report.model_class[report.model_class.find("For") :]
-        if "For" in report.model_class
-        else "AutoModel"
-    )
-    auto = {"AutoModelForConditionalGeneration": "AutoModelForSeq2SeqLM"}.get(auto, auto)
-    auto = "AutoModelForCausalLM" if report.model_class.endswith("LMHeadModel") else auto
-    auto = "AutoModelForSeq2SeqLM" if report.model_class.endswith("MTModel") else auto
+    auto = auto_class_of(report.family, report.model_class.removeprefix("Meo"))
     rows = {
         "Source": source,
         "Level": f"`{meo['level']}` ({_LEVEL_TEXT[meo['level']]})",
@@ -109,7 +102,7 @@ def _text(report: ConversionReport, license_: str | None) -> str:
         "Tasks": ", ".join(meo["tasks"]) if meo["level"] == "task" else "none",
         "Converted layers": ", ".join(map(str, report.layers)),
         "Parameters": f"{report.parameters_after:,} (dense: {report.parameters_before:,})",
-        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.3f} x dense, linear maps, "
+        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.4f} x dense, linear maps, "
         f"{report.tokens_per_sequence} tokens per sequence, a merge charged as top_k * weights",
         "Licence": license_ or "none stated by the source",
     }

@@ -20,7 +20,7 @@ from meo_hf.conversion.companions import write_companions
 from meo_hf.conversion.hub import check_login, push_folder
 from meo_hf.conversion.plan import Options, Plan, build_plan
 from meo_hf.conversion.report import ConversionReport, report_of
-from meo_hf.conversion.source import Source, SourceOptions, open_source
+from meo_hf.conversion.source import Source, SourceOptions, open_source, public_name
 from meo_hf.conversion.verification import MODES, mode_that_fits, outside_differences, verify_files
 from meo_hf.conversion.write import write_tensors
 from meo_hf.errors import CheckFailedError, OutputError, UsageError
@@ -136,11 +136,11 @@ def _write(plan: Plan, folder: Path, report: ConversionReport, max_shard_size: s
     progress.stage("writing", plan.nbytes)
     start = time.perf_counter()
     shards = write_tensors(plan.targets, folder, max_shard_size, progress.advance)
-    report.write_seconds = round(time.perf_counter() - start, 3)
     report.files = {shard.name: {"bytes": shard.nbytes, "sha256": shard.sha256} for shard in shards}
     plan.config.save_pretrained(folder)
     for lost in write_companions(plan.source, folder):
         report.warnings.append(f"not carried over: {lost}")
+    report.write_seconds = round(time.perf_counter() - start, 3)
 
 
 def _check(plan: Plan, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:
@@ -149,14 +149,16 @@ def _check(plan: Plan, folder: Path, report: ConversionReport, verify: str, prog
     if mode != verify:
         report.warnings.append("both models do not fit in memory: checked layer by layer (sample), not as a whole")
     if mode == "none":
+        if plan.experts:
+            report.warnings.append("the experts' tensors outside the feed-forwards were not compared with the source's")
         return
     if plan.experts:
         report.experts = outside_differences(plan)
         for expert in report.experts:
             if count := expert["outside_differing"] + expert["outside_only_here"]:
                 report.warnings.append(
-                    f"{expert['id']} differs from the source in {count} tensors outside the feed-forwards: "
-                    "the source's are used"
+                    f"{public_name(expert['id'])} differs from the source in {count} tensors outside the "
+                    "feed-forwards: the source's are used"
                 )
     progress.stage(f"checking ({mode})", plan.nbytes)
     report.checks = verify_files(plan, folder, mode, progress.advance)

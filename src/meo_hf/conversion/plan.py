@@ -292,6 +292,8 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Drawn:
 def _dtype_code(plan: Plan, dense: PreTrainedModel, name: str, recipe: Recipe) -> str:
     """Type of a target: as asked for, else as in the source; modules that stock keeps in fp32 stay so under fp16."""
     asked = plan.options.dtype
+    if isinstance(recipe, Stacked) and plan.experts:
+        asked = asked or plan.source.dtype
     if isinstance(recipe, Drawn):
         return CODES[asked or plan.source.dtype]
     ref = recipe.experts[0][0] if isinstance(recipe, Stacked) else cast(Copied, recipe).source

@@ -105,6 +105,13 @@ def public_name(name: str) -> str:
     return name if is_hub_id else Path(name).expanduser().absolute().name
 
 
+def auto_class_of(model_type: str, stock: str) -> str:
+    """Return the Auto class that loads a stock class, `AutoModel` if none does."""
+    autos = [auto for auto, name in heads_of(model_type).items() if name == stock]
+    specific = [auto for auto in autos if auto not in ("AutoModelForPreTraining", "AutoModelForTextEncoding")]
+    return next(iter([*specific, *autos]), "AutoModel")
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence Transformers' log and progress bars: this tool says what matters itself."""
@@ -257,20 +264,34 @@ def index_tensors(folder: Path) -> dict[str, TensorRef]:
         return read_header(folder / "model.safetensors")
     if not index_path.is_file():
         return {}
-    try:
-        weight_map: dict[str, str] = json.loads(index_path.read_text("utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_path} is damaged ({error}): download it again") from None
+    weight_map = _weight_map(index_path)
     tensors: dict[str, TensorRef] = {}
-    for name in files:
-        path = within(folder, name)
-        if not path.is_file():
-            raise CheckpointError(f"shard {name} is missing from {folder}: download it again")
+    for path in _shards(folder, weight_map):
         tensors.update(read_header(path))
     if lost := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(f"{index_path} names {len(lost)} tensors that no shard holds, e.g. {lost[0]}")
     return tensors
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
+    """Read an index: tensor name -> file name."""
+    try:
+        weight_map = json.loads(index_path.read_text("utf-8"))["weight_map"]
+        if all(isinstance(name, str) for name in weight_map.values()):
+            return weight_map
+        reason = "file names are no text"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)
+    raise CheckpointError(f"{index_path} is damaged ({reason}): download it again")
+
+
+def _shards(folder: Path, weight_map: dict[str, str]) -> list[Path]:
+    """Return the files that an index names, none of them missing or outside the folder."""
+    paths = [within(folder, name) for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"shard {path.name} is missing from {folder}: download it again")
+    return paths
 
 
 def stage(
@@ -292,7 +313,10 @@ def stage(
 
 
 def _open_pickles(name: str, folder: Path, commit: str | None, config: Any, allow_pickle: bool) -> Source:
+    index_path = folder / "pytorch_model.bin.index.json"
     files = sorted(folder.glob("pytorch_model*.bin"))
+    if index_path.is_file() and allow_pickle:
+        files = _shards(folder, _weight_map(index_path))
     if not files and not allow_pickle:
         raise SourceError(f"{name} has no *.safetensors weights (with --allow-pickle, .bin files are read too)")
     if not files:

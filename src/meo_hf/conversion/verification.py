@@ -19,7 +19,7 @@ from meo_hf.conversion.names import disk_names
 from meo_hf.conversion.plan import Plan
 from meo_hf.conversion.report import Check
 from meo_hf.conversion.safetensors_files import CHUNK, TensorRef
-from meo_hf.conversion.source import index_tensors, meta_model
+from meo_hf.conversion.source import auto_class_of, index_tensors, meta_model
 from meo_hf.modeling.feedforward_meo import Block, find_blocks, merged_feed_forwards
 from meo_hf.modeling.remote_meo import auto_map, heads_of
 
@@ -103,7 +103,7 @@ def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str)
     to_disk = disk_names(meo, meo.state_dict())
     heads = heads_of(plan.source.family.model_type)
     stock = type(dense).__name__
-    auto = next((auto for auto, name in heads.items() if name == stock), "AutoModel")
+    auto = auto_class_of(plan.source.family.model_type, stock)
     return {
         "mode": mode,
         "source": str(plan.source.loadable),
