@@ -17,10 +17,11 @@ from huggingface_hub.serialization._base import parse_size_to_int
 
 from meo_hf.conversion.card import licenses_of, resolve_license, write_card
 from meo_hf.conversion.companions import write_companions
+from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.hub import check_login, push_folder
 from meo_hf.conversion.plan import Options, Plan, build_plan
 from meo_hf.conversion.report import ConversionReport, report_of
-from meo_hf.conversion.source import Source, SourceOptions, open_source, public_name
+from meo_hf.conversion.source import Source, open_source, public_name
 from meo_hf.conversion.verification import MODES, mode_that_fits, outside_differences, verify_files
 from meo_hf.conversion.write import write_tensors
 from meo_hf.errors import CheckFailedError, OutputError, UsageError

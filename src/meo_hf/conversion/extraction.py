@@ -15,9 +15,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from meo_hf.conversion.births import Copied, Recipe
 from meo_hf.conversion.companions import write_companions
 from meo_hf.conversion.convert import _check_space, check_output, written_beside
+from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.names import disk_names, live_names
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
-from meo_hf.conversion.source import Source, SourceOptions, index_tensors, locate, meta_model
+from meo_hf.conversion.source import Source, index_tensors, meta_model
 from meo_hf.conversion.write import write_tensors
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 from meo_hf.modeling.configuration_meo import MeoSettings, settings_of

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.plan import Options, build_plan
 from meo_hf.conversion.safetensors_files import TensorRef
-from meo_hf.conversion.source import Source, SourceOptions, check_supported, index_tensors, load_config, locate
+from meo_hf.conversion.source import Source, check_supported, index_tensors, load_config
 from meo_hf.errors import MeoError, SourceError
 from meo_hf.modeling.families_meo import LEVELS
 

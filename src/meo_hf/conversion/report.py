@@ -97,7 +97,7 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
         name = plan.source.model_class().__name__
         warnings.append(f"{len(plan.carried)} tensors unknown to {name} were carried over: {_some(plan.carried)}")
     return ConversionReport(
-        source={"id": plan.source.name, "commit": plan.source.commit, "format": plan.source.format},
+        source={"id": plan.source.lasting_name, "commit": plan.source.commit, "format": plan.source.format},
         output=str(output),
         family=plan.source.family.model_type,
         model_class=plan.model_class.__name__,
@@ -119,7 +119,7 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
             "ignored_by_design": plan.ignored,
             "newly_initialised_on_load": plan.missing,
         },
-        experts=[{"id": one.name, "commit": one.commit} for one in plan.experts],
+        experts=[{"id": one.lasting_name, "commit": one.commit} for one in plan.experts],
         warnings=warnings,
         versions={
             "meo_hf": __version__,

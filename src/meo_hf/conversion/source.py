@@ -13,27 +13,16 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from meo_hf.conversion.fetch import PICKLE_INDEX, SAFETENSORS_INDEX, SourceOptions, locate
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, read_header, within
 from meo_hf.errors import CheckpointError, MeoConfigError, SourceError, UnsupportedError
 from meo_hf.modeling.families_meo import FAMILIES, Family, family_of
 from meo_hf.modeling.feedforward_meo import describe_unknown
 from meo_hf.modeling.remote_meo import heads_of
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_SMALL = ("*.json", "*.md", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.spm", "*/config.json")
-_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -54,6 +43,11 @@ class Source:
     def public_name(self) -> str:
         """The Hub id, or the last part of a local path: the rest of it is nobody's business."""
         return public_name(self.name)
+
+    @property
+    def lasting_name(self) -> str:
+        """The Hub id, or the whole of a local path: what a later `verify` opens from another folder."""
+        return self.name if self.commit else str(Path(self.name).expanduser().absolute())
 
     @property
     def loadable(self) -> Path:
@@ -134,17 +128,7 @@ def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         return model_class(config)
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """How a source may be read. `allow_pickle` admits `.bin` files (read with weights_only)."""
-
-    revision: str | None = None
-    token: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-
-def open_source(name: str, options: SourceOptions = SourceOptions()) -> Source:
+def open_source(name: str, options: SourceOptions) -> Source:
     """Open a checkpoint for conversion.
 
     Raises SourceError if it cannot be found or fetched, CheckpointError if its files are damaged,
@@ -159,41 +143,6 @@ def open_source(name: str, options: SourceOptions = SourceOptions()) -> Source:
     if tensors:
         return Source(name, folder, commit, config, tensors)
     return _open_pickles(name, folder, commit, config, options.allow_pickle)
-
-
-def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Path, str | None, str | None]:
-    """Return the local folder of a source, its commit if it came from the Hub, and its GGUF file if it is one."""
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return path.parent, None, path.name
-    if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(ggufs) == 1:
-            return path, None, ggufs[0].name
-        return path, None, None
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise SourceError(f"{name} does not exist: give a folder with config.json and weights, or a Hub id")
-    patterns = [*_SMALL, *(_WEIGHTS if weights else ()), *(_PICKLES if weights and options.allow_pickle else ())]
-    try:
-        folder = Path(snapshot_download(name, revision=options.revision, token=options.token, allow_patterns=patterns))
-    except RevisionNotFoundError:
-        raise SourceError(f"{name} has no revision {options.revision!r}: check --source-revision") from None
-    except GatedRepoError:
-        raise SourceError(f"{name} is gated: ask for access on its page, then log in or give --token") from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"{name} is neither a folder here nor a repository you can see: check it, or give --token"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise SourceError(
-            f"{name} is not in the cache and the Hub cannot be reached: connect, or give a folder"
-        ) from None
-    except HFValidationError:
-        raise SourceError(f"{name} is neither a folder here nor a valid Hub id (user/name)") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{name} could not be fetched ({reason}): try again, or give a folder") from None
-    return folder, folder.name if folder.parent.name == "snapshots" else None, None
 
 
 def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> PreTrainedConfig:
@@ -259,7 +208,7 @@ def index_tensors(folder: Path) -> dict[str, TensorRef]:
 
     Raises CheckpointError for a missing, truncated or damaged shard, or an index that leads elsewhere.
     """
-    index_path = folder / "model.safetensors.index.json"
+    index_path = folder / SAFETENSORS_INDEX
     if (folder / "model.safetensors").is_file() and not index_path.is_file():
         return read_header(folder / "model.safetensors")
     if not index_path.is_file():
@@ -308,12 +257,12 @@ def stage(
         name = f"model-{number:05d}.safetensors"
         save_file({key: t.detach().clone().contiguous() for key, t in tensors.items()}, folder / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return staging, index_tensors(folder)
 
 
 def _open_pickles(name: str, folder: Path, commit: str | None, config: Any, allow_pickle: bool) -> Source:
-    index_path = folder / "pytorch_model.bin.index.json"
+    index_path = folder / PICKLE_INDEX
     files = sorted(folder.glob("pytorch_model*.bin"))
     if index_path.is_file() and allow_pickle:
         files = _shards(folder, _weight_map(index_path))

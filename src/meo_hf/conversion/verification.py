@@ -13,13 +13,15 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from meo_hf.conversion.births import Stacked
-from meo_hf.conversion.names import disk_names
+from meo_hf.conversion.names import disk_names, live_names
 from meo_hf.conversion.plan import Plan
 from meo_hf.conversion.report import Check
-from meo_hf.conversion.safetensors_files import CHUNK, TensorRef
-from meo_hf.conversion.source import auto_class_of, index_tensors, meta_model
+from meo_hf.conversion.safetensors_files import CHUNK, DTYPES, TensorRef
+from meo_hf.conversion.source import Source, auto_class_of, index_tensors, meta_model
 from meo_hf.modeling.feedforward_meo import Block, find_blocks, merged_feed_forwards
 from meo_hf.modeling.remote_meo import auto_map, heads_of
 
@@ -101,6 +103,7 @@ def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str)
     meo = meta_model(plan.model_class, plan.config)
     blocks = [block for block in find_blocks(dense, plan.source.family) if block.index in plan.layers]
     to_disk = disk_names(meo, meo.state_dict())
+    origins = [_by_live(dense, origin) for origin in _origins(plan)]
     heads = heads_of(plan.source.family.model_type)
     stock = type(dense).__name__
     auto = auto_class_of(plan.source.family.model_type, stock)
@@ -118,11 +121,17 @@ def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str)
         "experts": _expert_sources(plan, blocks, written, to_disk),
         "files": {name: str(ref.path) for name, ref in written.items()},
         "live_names": [live for live, disk in to_disk.items() if disk in written],
-        "blocks": [_block_request(block, meo, to_disk) for block in blocks],
+        "blocks": [_block_request(block, meo, to_disk, written, origins) for block in blocks],
     }
 
 
-def _block_request(block: Block, meo: torch.nn.Module, to_disk: dict[str, str]) -> dict[str, Any]:
+def _block_request(
+    block: Block,
+    meo: torch.nn.Module,
+    to_disk: dict[str, str],
+    written: dict[str, TensorRef],
+    origins: list[dict[str, TensorRef]],
+) -> dict[str, Any]:
     module = next(ff for path, ff in merged_feed_forwards(meo) if path == block.slot)
     names = {name: to_disk[f"{block.slot}.{name}"] for name, _ in module.named_parameters()}
     stacks = {n.removeprefix("experts."): disk for n, disk in names.items() if n.startswith("experts.")}
@@ -131,8 +140,36 @@ def _block_request(block: Block, meo: torch.nn.Module, to_disk: dict[str, str]) 
         "first": module.experts.first,
         "gated": block.gated,
         "stacks": stacks,
+        "dtypes": {n: _torch_name(written[disk]) for n, disk in stacks.items()},
+        "origins": [_dense_parts(block, module.experts.first, origin) for origin in origins],
+        "transposed": isinstance(block.projection(block.down), Conv1D),
         "parameters": names,
     }
+
+
+def _torch_name(ref: TensorRef) -> str:
+    return str(DTYPES[ref.spec.dtype]).removeprefix("torch.")
+
+
+def _origins(plan: Plan) -> list[Source]:
+    """The checkpoints whose feed-forwards the experts are: one each, or one for all; none if experts were drawn."""
+    if plan.experts or plan.options.expert_init != "copy":
+        return plan.experts
+    return [plan.source]
+
+
+def _by_live(dense: PreTrainedModel, source: Source) -> dict[str, TensorRef]:
+    return {live: source.tensors[disk] for disk, live in live_names(dense, source.tensors).items()}
+
+
+def _dense_parts(block: Block, first: str, origin: dict[str, TensorRef]) -> dict[str, list[dict[str, str]]]:
+    """Where a checkpoint holds what an expert of each stack is joined from, by the family's row alone."""
+    parts = {}
+    for stack, paths in ((first, block.up), ("down_proj", (block.down,))):
+        for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+            refs = [origin.get(f"{block.path}.{path}.{leaf}") for path in paths]
+            parts[f"{stack}{suffix}"] = [{"file": str(ref.path), "name": ref.spec.name} for ref in refs if ref]
+    return parts
 
 
 def _expert_sources(
@@ -163,6 +200,7 @@ def _expert_sources(
                         made = {"file": str(written[disk].path), "name": disk}
                         experts[expert][f"{block.path}.{path}.{leaf}"] = {
                             **(own or made),
+                            "dtype": _torch_name(written[disk]),
                             "index": None if own else expert,
                             "rows": [start, start + rows] if len(paths) > 1 else None,
                             "transposed": recipe.transposed,
@@ -190,7 +228,7 @@ def outside_differences(plan: Plan) -> list[dict[str, Any]]:
                 differing.append(name)
         rows.append(
             {
-                "id": expert.name,
+                "id": expert.lasting_name,
                 "commit": expert.commit,
                 "outside_differing": len(differing),
                 "outside_only_here": len(only),

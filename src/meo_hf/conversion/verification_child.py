@@ -111,8 +111,7 @@ def set_dense_expert(request, dense, expert):
         if source["index"] is not None:
             value = value[slice(*source["rows"])] if source["rows"] else value
             value = value.t() if source["transposed"] and value.dim() == 2 else value
-        value = value.to(getattr(torch, request["dtype"]))
-        parameters[live].data.copy_(value)
+        parameters[live].data.copy_(value.to(getattr(torch, source["dtype"])))
 
 
 @torch.no_grad()
@@ -145,14 +144,24 @@ def check_full(request):
     return checks
 
 
+def expert_part(request, block, name, expert):
+    """One expert of a stack, [out, in]: from the checkpoint it is a copy of, or, if it was drawn, from the output."""
+    disk, origins = block["stacks"][name], block["origins"]
+    if not origins:
+        return read(request["files"][disk], disk, expert)
+    parts = [read(part["file"], part["name"]) for part in origins[expert % len(origins)][name]]
+    if block["transposed"]:
+        parts = [part.t() if part.dim() == 2 else part for part in parts]
+    return torch.cat(parts).to(getattr(torch, block["dtypes"][name])).float()
+
+
 def naive_feed_forward(request, block, x, activation, index, weights):
     """The merged feed-forward by its definition: tokens x [T, D], one group's experts and their weights."""
 
     def merged(name):
         if name not in block["stacks"]:
             return torch.zeros(())
-        disk = block["stacks"][name]
-        return sum(w * read(request["files"][disk], disk, e) for e, w in zip(index, weights, strict=True))
+        return sum(w * expert_part(request, block, name, e) for e, w in zip(index, weights, strict=True))
 
     h = x @ merged(block["first"]).t() + merged(block["first"] + "_bias")
     if block["gated"]:

@@ -1,0 +1,92 @@
+"""Find a checkpoint: a folder or file here, or a Hub repository whose needed files are fetched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from meo_hf.errors import SourceError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+_SMALL = ("*.json", "*.md", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.spm", "*/config.json")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source may be read. `allow_pickle` admits `.bin` files (read with weights_only)."""
+
+    revision: str | None = None
+    token: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Path, str | None, str | None]:
+    """Return the local folder of a source, its commit if it came from the Hub, and its GGUF file if it is one.
+
+    Raises SourceError if it can be neither found nor fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, None, path.name
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(ggufs) == 1:
+            return path, None, ggufs[0].name
+        return path, None, None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SourceError(f"{name} does not exist: give a folder with config.json and weights, or a Hub id")
+    folder = _fetch(name, options, _SMALL)
+    if weights:
+        folder = _fetch(name, options, [*_SMALL, *_weight_files(folder, options.allow_pickle)])
+    return folder, folder.name if folder.parent.name == "snapshots" else None, None
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[str]:
+    """Name the weight files that loading would read: repositories hold the same weights in other formats beside."""
+    names = []
+    wanted = [(SAFETENSORS_INDEX, "model.safetensors"), *([(PICKLE_INDEX, "pytorch_model.bin")] * allow_pickle)]
+    for index, single in wanted:
+        names.append(single)
+        if (folder / index).is_file():
+            try:
+                names += sorted(set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # a damaged index gets its own error when it is read
+    return [name for name in names if isinstance(name, str)]
+
+
+def _fetch(name: str, options: SourceOptions, patterns: list[str] | tuple[str, ...]) -> Path:
+    try:
+        return Path(
+            snapshot_download(name, revision=options.revision, token=options.token, allow_patterns=list(patterns))
+        )
+    except RevisionNotFoundError:
+        raise SourceError(f"{name} has no revision {options.revision!r}: check --source-revision") from None
+    except GatedRepoError:
+        raise SourceError(f"{name} is gated: ask for access on its page, then log in or give --token") from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"{name} is neither a folder here nor a repository you can see: check it, or give --token"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise SourceError(
+            f"{name} is not in the cache and the Hub cannot be reached: connect, or give a folder"
+        ) from None
+    except HFValidationError:
+        raise SourceError(f"{name} is neither a folder here nor a valid Hub id (user/name)") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"{name} could not be fetched ({reason}): try again, or give a folder") from None
