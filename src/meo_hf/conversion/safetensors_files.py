@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from meo_hf.errors import CheckpointError
+from meo_hf.errors import CheckpointError, UnsupportedError
 
 CHUNK = 4 * 2**20
 MAX_HEADER = 100 * 2**20
@@ -105,16 +105,27 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             header = json.loads(file.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except UnsupportedError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the header of {path} is damaged ({error}): download it again") from None
 
 
+def known_spec(where: str, name: str, dtype: str, shape: Iterable[int]) -> TensorSpec:
+    """Return a tensor's spec; raises UnsupportedError for a type that no dense model is stored in."""
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{where}: {name} has type {dtype}, which is not converted: cast it to one of {', '.join(DTYPES)}"
+        )
+    return TensorSpec(name, dtype, tuple(shape))
+
+
 def _entry(path: Path, name: str, entry: dict, data_start: int, size: int) -> TensorRef:
-    if entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; supported: {', '.join(DTYPES)}")
-    spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
     begin, end = entry["data_offsets"]
-    if end - begin != spec.nbytes or begin < 0:
+    if any(type(number) is not int or number < 0 for number in (*entry["shape"], begin, end)):
+        raise ValueError(f"{name} has no whole numbers as shape or offsets")
+    spec = known_spec(str(path), name, entry["dtype"], entry["shape"])
+    if end - begin != spec.nbytes:
         raise CheckpointError(
             f"the header of {path} is damaged: {name} should have {spec.nbytes} bytes, not {end - begin}"
         )

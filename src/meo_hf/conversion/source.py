@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from meo_hf.conversion.fetch import PICKLE_INDEX, SAFETENSORS_INDEX, SourceOptions, locate
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, read_header, within
-from meo_hf.errors import CheckpointError, MeoConfigError, SourceError, UnsupportedError
+from meo_hf.errors import CheckpointError, MeoConfigError, MeoError, SourceError, UnsupportedError
 from meo_hf.modeling.families_meo import FAMILIES, Family, family_of
 from meo_hf.modeling.feedforward_meo import describe_unknown
 from meo_hf.modeling.remote_meo import heads_of
@@ -106,6 +106,11 @@ def auto_class_of(model_type: str, stock: str) -> str:
     return next(iter([*specific, *autos]), "AutoModel")
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence Transformers' log and progress bars: this tool says what matters itself."""
@@ -135,26 +140,35 @@ def open_source(name: str, options: SourceOptions) -> Source:
     UnsupportedError if it is sound but cannot be converted.
     """
     folder, commit, gguf_file = locate(name, options)
-    config = load_config(folder, gguf_file, options)
-    check_supported(config, name)
-    if gguf_file is not None:
-        return _open_gguf(name, folder, gguf_file, config)
-    tensors = index_tensors(folder)
-    if tensors:
-        return Source(name, folder, commit, config, tensors)
-    return _open_pickles(name, folder, commit, config, options.allow_pickle)
+    with readable(name):
+        config = load_config(folder, gguf_file, options)
+        check_supported(config, name)
+        if gguf_file is not None:
+            return _open_gguf(name, folder, gguf_file, config)
+        tensors = index_tensors(folder)
+        if tensors:
+            return Source(name, folder, commit, config, tensors)
+        return _open_pickles(name, folder, commit, config, options.allow_pickle)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turn what the file system refuses into a SourceError."""
+    try:
+        yield
+    except MeoError:
+        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise SourceError(f"{name} cannot be read ({reason}): check its files and their permissions") from None
 
 
 def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> PreTrainedConfig:
     """Read a source's config; never runs its code unless the options say so."""
     if gguf_file is not None:
-        return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} has no config.json: give the folder that save_pretrained wrote")
-    try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error})") from None
+        with _gguf(folder / gguf_file):
+            return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+    raw = raw_config(folder)
     model_type = str(raw.get("model_type", ""))
     if model_type.startswith("meo_") or "meo" in raw:
         raise UnsupportedError(f"{folder} is a MEO model already: nothing to convert; `meo-hf inspect` shows it")
@@ -167,8 +181,21 @@ def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> 
         code = {"trust_remote_code": True} if options.trust_remote_code and model_type not in FAMILIES else {}
         return AutoConfig.from_pretrained(folder, **code)
     except Exception as error:  # transformers raises many kinds; each means that the config is unusable
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedError(f"transformers cannot read the config of {folder}: {reason}") from None
+        raise UnsupportedError(f"transformers cannot read the config of {folder}: {first_line(error)}") from None
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """Read config.json as it stands; raises SourceError if there is none, CheckpointError if it is damaged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder} has no config.json: give the folder that save_pretrained wrote")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is damaged (no object): download it again")
+    return raw
 
 
 def check_supported(config: PreTrainedConfig, name: str) -> None:
@@ -284,13 +311,21 @@ def _open_pickles(name: str, folder: Path, commit: str | None, config: Any, allo
     return Source(name, folder, commit, config, refs, "pytorch", staging=staging)
 
 
+@contextmanager
+def _gguf(path: Path) -> Iterator[None]:
+    """Turn what Transformers' GGUF reader raises into UnsupportedError."""
+    try:
+        yield
+    except ImportError:
+        raise UnsupportedError(f"{path} needs the package gguf: pip install 'meo_hf[gguf]'") from None
+    except Exception as error:  # the reader raises many kinds; each means that it cannot read this file
+        raise UnsupportedError(f"transformers cannot read {path}: {first_line(error)}") from None
+
+
 def _open_gguf(name: str, folder: Path, gguf_file: str, config: PreTrainedConfig) -> Source:
     model_class = Source(name, folder, None, config, {}).model_class()
-    try:
-        with quiet_transformers():
-            model = model_class.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-    except ImportError as error:
-        raise UnsupportedError(f"{name}: {error} (pip install meo_hf[gguf])") from None
+    with _gguf(folder / gguf_file), quiet_transformers():
+        model = model_class.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
     state = {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
     config.architectures = [model_class.__name__]
     staging, refs = stage(config, [state])
