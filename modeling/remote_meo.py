@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import transformers
 from transformers.models.auto import modeling_auto
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ def heads_of(model_type: str) -> dict[str, str]:
     for name in dir(modeling_auto):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         names = getattr(mapping, "_model_mapping", {}).get(model_type) if name.startswith("AutoModel") else None
-        if names:
-            heads[name] = names if isinstance(names, str) else names[0]
+        stock = names[0] if isinstance(names, (list, tuple)) else names
+        # some Auto classes list another family's class for a model type: Qwen2 has a `JevForDecision`
+        if stock and getattr(transformers, stock).config_class.model_type == model_type:
+            heads[name] = stock
     return heads
 
 

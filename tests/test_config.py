@@ -19,8 +19,9 @@ from meo_hf.modeling.families_meo import FAMILIES, LEVELS
 from meo_hf.modeling.feedforward_meo import describe_unknown
 from meo_hf.modeling.remote_meo import code_files, heads_of
 from safetensors.torch import load_file, save_file
-from tiny import main_class, meo_config, meo_of, merged_of, tiny_config, tiny_dense
+from tiny import draw_experts, main_class, meo_config, meo_of, merged_of, tiny_config, tiny_dense
 
+HEADS = sorted((family, name) for family in FAMILIES for name in set(heads_of(family).values()))
 FILES = {path.name for path in code_files()}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"level": "segment"}, "level is 'segment'; allowed: None, sequence, token, task"),
@@ -56,6 +57,8 @@ def test_empty_config_can_be_made(family: str) -> None:
     assert config_class().model_type == f"meo_{family}"
     assert config_class().to_diff_dict()["model_type"] == f"meo_{family}"
     assert getattr(configuration_meo, config_class.__name__) is config_class
+    ignored = getattr(type(tiny_config(family)), "keys_to_ignore_at_inference", [])
+    assert config_class.keys_to_ignore_at_inference == [*ignored, "aux_loss"]
 
 
 @pytest.mark.parametrize(("block", "message"), BAD, ids=[str(block) for block, _ in BAD])
@@ -172,6 +175,29 @@ def test_task_that_was_set_is_saved(tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
     each = {**inputs, "task_ids": torch.tensor([0, 1, 2])}
     assert torch.equal(logits_of(loaded, each), logits_of(model, each))
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS, ids=[head for _, head in HEADS])
+def test_names_on_disk_are_those_of_the_stock_head(family: str, head: str, tmp_path: Path) -> None:
+    """Outside the feed-forwards; and what was saved is what loads."""
+    dense = tiny_dense(family, getattr(transformers, head))
+    level = "task" if FAMILIES[family].kind == "decoder" else "token"
+    model = draw_experts(meo_of(dense, level=level))
+    dense.save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "meo")
+    stock, found = load_file(tmp_path / "dense/model.safetensors"), load_file(tmp_path / "meo/model.safetensors")
+    own = {name for name in found if ".experts." in name or ".router." in name or ".adapter." in name}
+    assert own
+    assert found.keys() - own <= stock.keys()
+    assert all(torch.equal(found[name], stock[name]) for name in found.keys() - own)
+    merged = tuple(f"{path}." for path in merged_of(model))
+    kept = [name for name, _ in model.named_parameters() if not name.startswith(merged)]
+    assert len(stock.keys() - found.keys()) == len(list(dense.parameters())) - len(kept)
+    loaded, info = type(model).from_pretrained(tmp_path / "meo", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():  # Marian computes its positions anew
+        assert torch.equal(state[name], value) or name.endswith("embed_positions.weight"), name
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:

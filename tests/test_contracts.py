@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,27 @@ def test_identical_experts_are_dense_whatever_the_config_says(family: str, switc
         contracts.identical_experts_are_dense(ffn)
         contracts.identical_experts_are_dense(ffn, train=True)
         contracts.identical_experts_are_dense(projection, train=True, combine="outputs")
+
+
+@pytest.mark.parametrize(("family", "switch"), SWITCHES)
+def test_merged_feed_forward_is_reference_whatever_the_config_says(family: str, switch: str) -> None:
+    for value in FAMILIES[family].switches[switch]:
+        contracts.merged_feed_forward_is_reference(
+            Case(family, FAMILIES[family].default_level, overrides=((switch, value),))
+        )
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", [family for family, switch in SWITCHES if switch == "chunk_size_feed_forward"])
+def test_chunks_change_the_memory_alone(family: str, scope: str) -> None:
+    level = FAMILIES[family].default_level
+    whole = Case(family, level, scope)
+    chunked = replace(whole, overrides=(("chunk_size_feed_forward", 2),))
+    model, inputs, widths = chunked.drawn(), whole.inputs(), []
+    for module in merged_of(model).values():
+        module.activation.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    contracts.assert_close(logits_of(model, inputs), logits_of(whole.drawn(), inputs))
+    assert set(widths) == {2}
 
 
 @pytest.mark.parametrize(("family", "switch"), SWITCHES)

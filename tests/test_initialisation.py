@@ -147,14 +147,14 @@ def test_base_checkpoint_gets_a_fresh_head(family: str, base: str, head: str, tm
 
 @pytest.mark.parametrize("family", ["bert", "t5", "llama", "gpt2"])
 def test_checkpoint_with_holes_is_filled_and_kept(family: str, tmp_path: Path) -> None:
-    """One layer without experts, another without a router: drawn afresh; all else stays to the bit."""
+    """One layer lost its first projections, another its router: drawn afresh; all else stays to the bit."""
     dense, model = pair(family, main_class(family).__name__)
     model.save_pretrained(tmp_path)
     first, second = list(merged_of(model))[:2]
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    lost = {n for n in tensors if n.startswith(f"{first}.experts.") or n.startswith(f"{second}.router.")}
-    assert len(lost) >= 4
+    lost = {n for n in tensors if n.startswith(f"{second}.router.") or (n.startswith(first) and "up_proj" in n)}
+    assert len(lost) >= 3
     save_file({name: tensor for name, tensor in tensors.items() if name not in lost}, file, {"format": "pt"})
     loaded = type(model).from_pretrained(tmp_path)
     for name, parameter in loaded.named_parameters():

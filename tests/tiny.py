@@ -216,6 +216,7 @@ def meo_of(dense: PreTrainedModel, **meo: Any) -> PreTrainedModel:
     family = FAMILIES[dense.config.model_type]
     with no_init_weights():  # every parameter is written below
         model = draw_experts(meo_model_class(type(dense))(meo_config(dense.config, **meo))).eval()
+    model.tie_weights()
     merged = merged_of(model)
     owners = {path: path.removesuffix(f".{family.up[0][0]}") if family.hosted else path for path in merged}
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)

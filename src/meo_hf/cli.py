@@ -236,7 +236,8 @@ def flops_command(
 
     if not paper:
         raise UsageError("meo-hf flops counts the paper's models so far: pass --paper")
-    points = paper_table()
+    with err.status("counting 36 models ..."):
+        points = paper_table()
     out.print(paper_rich_table(points))
     if plot is not None:
         from meo_hf.benchmark.flops_plot import plot_paper
