@@ -72,13 +72,17 @@ class MeoSettings:
         _at_least("token_reduction", self.token_reduction, 1)
         if self.top_k > self.num_experts:
             raise MeoConfigError(f"top_k is {self.top_k}, more than num_experts ({self.num_experts}); lower one")
-        if not isinstance(self.balance_loss, (int, float)) or self.balance_loss < 0:
+        if not isinstance(self.balance_loss, (int, float)) or not 0 <= self.balance_loss < float("inf"):
             raise MeoConfigError(f"balance_loss is {self.balance_loss!r}; give a number >= 0 (0 switches it off)")
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+        if not isinstance(self.tasks, (list, tuple)) or not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise MeoConfigError(f"tasks is {self.tasks!r}; give at least one name, each once")
         if self.default_task is not None and self.default_task not in self.tasks:
             raise MeoConfigError(f"default_task {self.default_task!r} is not one of the tasks {self.tasks}")
-        if self.layers is not None and (not self.layers or any(i < 0 for i in self.layers)):
+        if self.layers is not None and (
+            not isinstance(self.layers, (list, tuple))
+            or not self.layers
+            or any(not isinstance(i, int) or i < 0 for i in self.layers)
+        ):
             raise MeoConfigError(f"layers is {self.layers!r}; give indices >= 0, or null for all layers")
 
     def to_dict(self) -> dict[str, Any]:

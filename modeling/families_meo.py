@@ -98,7 +98,8 @@ def _rows() -> list[Family]:
         Family(name, "encoder-decoder", **_BART)  # type: ignore[arg-type]
         for name in ("bart", "mbart", "marian", "pegasus")
     ]
-    t5 = [Family(name, "encoder-decoder", **_T5) for name in ("t5", "mt5")]  # type: ignore[arg-type]
+    tied = {k: v for k, v in _T5["switches"].items() if k != "tie_word_embeddings"}  # type: ignore[attr-defined]
+    t5 = [Family("t5", "encoder-decoder", **_T5), Family("mt5", "encoder-decoder", **{**_T5, "switches": tied})]  # type: ignore[arg-type]
     llama = [
         Family(name, "decoder", **_LLAMA, switches=switches)  # type: ignore[arg-type]
         for name, switches in {

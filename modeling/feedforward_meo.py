@@ -154,7 +154,7 @@ class MeoFeedForward(nn.Module):
         hidden, intermediate = block.features
         self.level, self.combine, self.scope = settings.level, settings.combine, settings.gate_scope
         self.num_tasks = len(settings.tasks)
-        self.balance_loss = settings.balance_loss
+        self.balance_loss = settings.balance_loss if settings.num_experts > 1 else 0.0
         self.reads_encoder = block.causal_partner
         self.maps = block.maps
         self.gated = block.gated
@@ -217,7 +217,10 @@ class MeoFeedForward(nn.Module):
         return apply_chunking_to_forward(function, self.chunk_size, 1, x) if self.chunk_size else function(x)
 
     def _fixed_task(self, call: Call) -> int | None:
-        if self.level != "task" or call.task_ids is not None:
+        if call.task_ids is not None:
+            self._check_task_ids(call.task_ids)
+            return None
+        if self.level != "task":
             return None
         if self._context.task is not None:
             return self._context.task
@@ -226,6 +229,13 @@ class MeoFeedForward(nn.Module):
         raise RoutingError(
             f"this model has {self.num_tasks} tasks: pass `task_ids` [batch], or call model.set_task(name) first"
         )
+
+    def _check_task_ids(self, task_ids: Tensor) -> None:
+        if self.level != "task":
+            raise RoutingError(f"`task_ids` have no effect at level {self.level!r}: leave them out")
+        on_cpu = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
+        if on_cpu and not bool(((task_ids >= 0) & (task_ids < self.num_tasks)).all()):
+            raise RoutingError(f"`task_ids` are {task_ids.tolist()}, but the tasks are 0 to {self.num_tasks - 1}")
 
     def _gates(self, call: Call, x: Tensor, fixed: int | None, maps: tuple[str, ...]) -> dict[str, Gates]:
         """Gates of the given linear maps; in scope `ffn` one router's gates serve all maps."""
@@ -330,6 +340,12 @@ def _take_chunk_size(block: Block) -> int:
     return int(size or 0)
 
 
+class Absorbed(nn.Identity):
+    """What is left of a second projection; GPT-2 initialises the `weight` of its own."""
+
+    weight = torch.empty(0)
+
+
 def replace_blocks(model: nn.Module, family: Family, settings: MeoSettings, context: RoutingContext) -> None:
     """Put a merged feed-forward in the place of every dense one that the settings name.
 
@@ -351,7 +367,7 @@ def replace_blocks(model: nn.Module, family: Family, settings: MeoSettings, cont
         merged = MeoFeedForward(block, settings, context)
         if family.hosted:
             model.set_submodule(block.slot, merged)
-            model.set_submodule(f"{block.path}.{block.down}", nn.Identity())
+            model.set_submodule(f"{block.path}.{block.down}", Absorbed())
         else:
             model.set_submodule(block.slot, merged)
 

@@ -23,8 +23,6 @@ from .families_meo import FAMILIES, family_of
 from .feedforward_meo import merged_feed_forwards, replace_blocks
 from .routing_meo import RoutingContext, close_call, install_hooks, open_call
 
-_LABELS = ("labels", "start_positions", "next_sentence_label", "mc_labels")
-
 
 class MeoModelMixin:
     """What a MEO model adds to its Transformers class."""
@@ -42,6 +40,7 @@ class MeoModelMixin:
             if isinstance(module, PreTrainedModel) and module is not self:
                 install_hooks(module, context)
         self._meo_tasks = list(settings.tasks)
+        self._meo_default_task = settings.default_task
         if settings.default_task is not None:
             context.task = self._meo_tasks.index(settings.default_task)
         super().post_init()  # type: ignore[misc]
@@ -68,6 +67,7 @@ class MeoModelMixin:
             raise MeoConfigError(f"set_task needs level 'task'; this model has level {settings.level!r}")
         if task is not None and task not in settings.tasks:
             raise MeoConfigError(f"unknown task {task!r}; this model has: {', '.join(settings.tasks)}")
+        task = self._meo_default_task if task is None else task
         self._meo_context.task = None if task is None else settings.tasks.index(task)
         self.config.meo = {**settings.to_dict(), "default_task": task}
 
@@ -80,7 +80,14 @@ class MeoModelMixin:
     ) -> None:
         """Keep each layer's routing call for its recomputation in backward."""
         options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant") and settings_of(self.config).balance_loss:
+        settings = settings_of(self.config)
+        partner = family_of(self.config.model_type).kind == "encoder-decoder" and settings.level != "task"
+        if enable and options.get("use_reentrant") and partner:
+            raise MeoConfigError(
+                "reentrant gradient checkpointing drops the gradient from the decoder's gates to the encoder: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if enable and options.get("use_reentrant") and settings.balance_loss:
             raise MeoConfigError(
                 "reentrant gradient checkpointing drops the gradient of the balance loss: pass "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or set balance_loss to 0"
@@ -112,7 +119,8 @@ class MeoModelMixin:
         call = self._meo_context.current
         if not self.training or call is None or not call.balance:  # type: ignore[attr-defined]
             return outputs
-        if all(arguments.get(name) is None for name in _LABELS):
+        loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0]
+        if not isinstance(loss, Tensor) or loss.dim():  # labels may be missing, or only some of several
             return outputs
         device = next(self.parameters()).device  # type: ignore[attr-defined]
         aux_loss = torch.stack([loss.to(device) for loss in call.balance]).sum()
@@ -120,10 +128,10 @@ class MeoModelMixin:
         if items is not None and isinstance(labels, Tensor):
             aux_loss = aux_loss * (self._label_count(labels) / items)
         if isinstance(outputs, ModelOutput):
-            outputs["loss"] = outputs["loss"] + aux_loss.to(outputs["loss"].device)
+            outputs["loss"] = loss + aux_loss.to(loss.device)
             outputs["aux_loss"] = aux_loss.detach()
             return outputs
-        return (outputs[0] + aux_loss.to(outputs[0].device), *outputs[1:])
+        return (loss + aux_loss.to(loss.device), *outputs[1:])
 
     def _label_count(self, labels: Tensor) -> Tensor:
         shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder  # type: ignore[attr-defined]
@@ -160,6 +168,29 @@ def _routed_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _with_stock_body(base: type[PreTrainedModel], stock_config: type[PreTrainedConfig]) -> Callable[..., None]:
+    """Return an `__init__` during which `AutoModel.from_config` makes the stock body for a MEO config.
+
+    Generic heads (`LlamaForSequenceClassification`) ask it for their body, and the head swaps the feed-forwards.
+    """
+
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        mapping = transformers.AutoModel._model_mapping
+        classes, auto_map = mapping._extra_content, config.__dict__.pop("auto_map", None)
+        registered = classes.get(type(config))
+        classes[type(config)] = mapping[stock_config]
+        try:
+            base.__init__(self, config, *args, **kwargs)
+        finally:
+            classes.pop(type(config))
+            classes.update({type(config): registered} if registered is not None else {})
+            if auto_map is not None:
+                config.auto_map = auto_map  # type: ignore[attr-defined]
+
+    return __init__
+
+
 def _share_conversions(stock: str, made: str) -> None:
     """Load and save under the names on disk that Transformers maps for the stock class or model type."""
     mapping = get_checkpoint_conversion_mapping(stock)
@@ -186,6 +217,7 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 "__qualname__": name,
                 "__doc__": f"`{base.__name__}` whose feed-forwards merge experts into one.",
                 "config_class": config_class,
+                "__init__": _with_stock_body(base, stock_config),
                 "forward": _routed_forward(base.forward),
                 "_keep_in_fp32_modules": in_fp32 + ["down_proj"] * (family.down in in_fp32),
             },

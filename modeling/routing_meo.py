@@ -34,7 +34,6 @@ class Call:
     encoder_attention_mask: Tensor | None = None
     task_ids: Tensor | None = None
     balance: list[Tensor] = field(default_factory=list)
-    _encoder_mean: Tensor | None = None
 
     def grouped(self, hidden_states: Tensor) -> Tensor:
         """Give tokens their rows back: [B, S, D] or flattened [B * S, D] -> [B, S, D].
@@ -60,10 +59,9 @@ class Call:
                 "the gates of this decoder read the encoder's output, but `encoder_hidden_states` is missing: "
                 "use the full encoder-decoder model, or level 'task'"
             )
-        if self._encoder_mean is None:
-            mask = _two_dimensional(self.encoder_attention_mask, self.encoder_hidden_states, "encoder_attention_mask")
-            self._encoder_mean = masked_mean(self.encoder_hidden_states, mask)
-        return self._encoder_mean
+        # not kept: a layer that gradient checkpointing runs again must do what it did the first time
+        mask = _two_dimensional(self.encoder_attention_mask, self.encoder_hidden_states, "encoder_attention_mask")
+        return masked_mean(self.encoder_hidden_states, mask)
 
     def _padding_mask(self, x: Tensor) -> Tensor | None:
         if self.packed is not None:
@@ -201,7 +199,7 @@ def install_hooks(module: nn.Module, context: RoutingContext) -> None:
 
 
 def _checked_task_ids(task_ids: Any, rows: int | None) -> Tensor:
-    if not isinstance(task_ids, Tensor) or task_ids.is_floating_point() or task_ids.dim() != 1:
+    if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int32, torch.int64) or task_ids.dim() != 1:
         found = f"{task_ids.dtype} {tuple(task_ids.shape)}" if isinstance(task_ids, Tensor) else type(task_ids).__name__
         raise RoutingError(f"`task_ids` is {found}; give a whole-number tensor [batch], one task index per row")
     if rows is not None and task_ids.shape[0] != rows:

@@ -251,14 +251,15 @@ def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_weights_only_in_gguf(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    stock = write_gguf(gguf, tmp_path / "tiny.gguf")
-    report = convert(tmp_path / "tiny.gguf", tmp_path / "meo", num_experts=2, verify="none", tasks=["a", "b"])
+    (tmp_path / "gguf").mkdir()
+    stock = write_gguf(gguf, tmp_path / "gguf/tiny.gguf")
+    report = convert(tmp_path / "gguf/tiny.gguf", tmp_path / "meo", num_experts=2, verify="none", tasks=["a", "b"])
     assert report.source["format"] == "gguf"
     assert "not carried over" not in "".join(report.warnings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "meo")
     model.set_task("b")
     assert_same_logits(model, stock, "llama")
-    by_folder = convert(tmp_path, tmp_path / "meo2", num_experts=2, verify="none", tasks=["a", "b"])
+    by_folder = convert(tmp_path / "gguf", tmp_path / "meo2", num_experts=2, verify="none", tasks=["a", "b"])
     assert by_folder.files == report.files
 
 

@@ -8,8 +8,6 @@ import pickle
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 from checkpoints import listing, run_cli, saved
+from client import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -102,18 +101,21 @@ def test_no_permission(sound: Path, open_folder: Path) -> None:
     assert listing(open_folder) == before
 
 
-def test_no_network_and_nothing_cached(tmp_path: Path) -> None:
+def test_no_network_and_nothing_cached(sound: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_any"}
     environment.pop("HF_HUB_OFFLINE", None)
-    program = "from meo_hf.cli import main; main()"
-    command = [sys.executable, "-c", program, "convert", "tester/model", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "tester/model is not in the cache and the Hub cannot be reached: connect, or give a folder" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    client = Client(environment)
+    lost = client.cli("convert", "tester/model", tmp_path / "out")
+    push = client.cli("convert", sound, tmp_path / "out", "--push-to-hub", "tester/model")
+    client.close()
+    assert "tester/model is not in the cache and the Hub cannot be reached: connect, or give a folder" in lost.err
+    assert "run `hf auth login` or give --token" in push.err
+    for done in (lost, push):
+        assert done.code == 2
+        assert len(done.err.strip().splitlines()) == 1, done.err
     assert not (tmp_path / "out").exists()
 
 

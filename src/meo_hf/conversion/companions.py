@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
+from meo_hf.conversion.fetch import module_folders
 from meo_hf.conversion.source import Source, first_line, quiet_transformers
 
 _TOKENIZER_FILES = (
@@ -32,6 +34,7 @@ def write_companions(source: Source, folder: Path) -> list[str]:
         lost += _tokenizer(source, folder)
         lost += _processor(source, folder)
         lost += _generation_config(source, folder)
+    _forget_code(folder)
     _sentence_transformers(source.folder, folder)
     return lost
 
@@ -72,6 +75,14 @@ def _generation_config(source: Source, folder: Path) -> list[str]:
     return []
 
 
+def _forget_code(folder: Path) -> None:
+    """Take out pointers to code of the source's own, which is not carried over."""
+    for path in (folder / name for name in ("tokenizer_config.json", "preprocessor_config.json")):
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if values.pop("auto_map", None):
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
 def _reason(error: Exception, source: Source) -> str:
     """Say what went wrong, for the model card too: without the folders of this machine."""
     return first_line(error).replace(str(source.folder), source.public_name)
@@ -83,6 +94,7 @@ def _sentence_transformers(source: Path, folder: Path) -> None:
     for name in _SENTENCE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    for config in source.glob("*_*/config.json"):
-        (folder / config.parent.name).mkdir(exist_ok=True)
-        shutil.copyfile(config, folder / config.parent.name / "config.json")
+    for name in module_folders(source):
+        for file in (source / name).glob("*.*"):
+            (folder / name).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name / file.name)

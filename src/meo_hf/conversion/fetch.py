@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -54,8 +54,18 @@ def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Pat
     commit = folder.name if folder.parent.name == "snapshots" else None
     if weights:  # of the same commit, even if the branch has moved on
         fixed = replace(options, revision=commit or options.revision)
-        folder = _fetch(name, fixed, [*_SMALL, *_weight_files(folder, options.allow_pickle)])
+        modules = [f"{path}/*" for path in module_folders(folder)]
+        folder = _fetch(name, fixed, [*_SMALL, *modules, *_weight_files(folder, options.allow_pickle)])
     return folder, commit, None
+
+
+def module_folders(folder: Path) -> list[str]:
+    """Name the folders of sentence-transformers' modules beside the model: some hold weights of their own."""
+    try:
+        paths = [module["path"] for module in json.loads((folder / "modules.json").read_text("utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\w+", path)]
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[str]:
@@ -91,6 +101,6 @@ def _fetch(name: str, options: SourceOptions, patterns: list[str] | tuple[str, .
         ) from None
     except HFValidationError:
         raise SourceError(f"{name} is neither a folder here nor a valid Hub id (user/name)") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the HTTP library below has errors of its own kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(f"{name} could not be fetched ({reason}): try again, or give a folder") from None

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from meo_hf.conversion.report import REPORT_NAME
@@ -31,7 +31,7 @@ def check_login(token: str | None) -> None:
     """Raise LoginError before a long conversion if the Hub would refuse its push."""
     try:
         HfApi(token=token).whoami()
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the HTTP library below has errors of its own kind
         raise LoginError(
             f"the Hub does not accept the login ({first_line(error)}): run `hf auth login` or give --token"
         ) from None
@@ -61,8 +61,9 @@ def push_folder(
         done = api.create_commit(repo_id, operations, revision=revision, commit_message=message)
     except MeoError:
         raise
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"pushing to {repo_id} failed ({first_line(error)}), nothing of it is there; {again}") from error
+    except Exception as error:  # as above
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise HubError(f"pushing to {repo_id} failed ({first_line(cause)}), nothing of it is there; {again}") from error
     return str(done.commit_url)
 
 

@@ -10,7 +10,15 @@ from typing import Any
 from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.plan import Options, build_plan
 from meo_hf.conversion.safetensors_files import TensorRef, known_spec
-from meo_hf.conversion.source import Source, check_supported, index_tensors, load_config, raw_config, readable
+from meo_hf.conversion.source import (
+    Source,
+    check_supported,
+    first_line,
+    index_tensors,
+    load_config,
+    raw_config,
+    readable,
+)
 from meo_hf.errors import MeoError, SourceError
 from meo_hf.modeling.families_meo import LEVELS
 
@@ -82,14 +90,14 @@ def _say_convertible(
 def _remote_headers(name: str, commit: str | None, token: str | None) -> dict[str, TensorRef]:
     """Read the headers of a Hub repository's safetensors files without their weights."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
         metadata = HfApi(token=token).get_safetensors_metadata(name, revision=commit)
     except NotASafetensorsRepoError:
         return {}
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceError(f"{name}: headers could not be fetched ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # the HTTP library below has errors of its own kind
+        raise SourceError(f"{name}: headers could not be fetched ({first_line(error)}): try again") from None
     return {
         tensor: TensorRef(known_spec(name, tensor, info.dtype, info.shape), Path(file), 0)
         for file, parsed in metadata.files_metadata.items()
