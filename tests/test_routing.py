@@ -229,6 +229,15 @@ def test_bad_task_ids_are_refused(family: str, task_ids: Any) -> None:
         case.drawn()(**{**case.inputs(), "task_ids": task_ids})
 
 
+def test_task_ids_out_of_range_or_without_effect_are_refused() -> None:
+    case = Case("bert", "task")
+    with pytest.raises(RoutingError, match="tasks are 0 to 2"):
+        case.drawn()(**{**without_task(case.inputs()), "task_ids": torch.tensor([0, 1, 3])})
+    case = Case("bert", "sequence")
+    with pytest.raises(RoutingError, match="no effect at level 'sequence'"):
+        case.drawn()(**{**case.inputs(), "task_ids": torch.tensor([0, 1, 2])})
+
+
 def test_set_task_is_checked_and_undone() -> None:
     case = Case("bert", "task")
     model, inputs = case.drawn(default_task="b"), without_task(case.inputs())

@@ -6,6 +6,7 @@ Files written here are byte for byte what `safetensors.torch.save_file` writes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 
 from meo_hf.errors import CheckpointError, UnsupportedError
 
-CHUNK = 4 * 2**20
+CHUNK = 2**20
 MAX_HEADER = 100 * 2**20
 
 DTYPES: dict[str, torch.dtype] = {
@@ -157,8 +158,19 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
         self._file = path.open("xb", buffering=0)
+        self._reserve(8 + len(text) + at)
         self._emit(len(text).to_bytes(8, "little") + text)
         self._written = 0
+
+    def _reserve(self, size: int) -> None:
+        """Claim the disk space at once: a full disk shows before the work, and writing is faster."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not every file system can
+                    self._file.close()
+                    raise
 
     def write(self, data: memoryview | bytes) -> None:
         """Append bytes of the tensor whose turn it is."""
