@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from meo_hf.registration import register
 from meo_hf.version import __version__
 
 if TYPE_CHECKING:
@@ -33,4 +33,17 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-register()
+def _register() -> None:
+    """Register, without collecting garbage: imports make objects that stay, and searching them is slow."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        from meo_hf.registration import register
+
+        register()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+_register()

@@ -67,7 +67,7 @@ def write_card(report: ConversionReport, source: Source, license_: str | None, f
 def _metadata(report: ConversionReport, source: Source, license_: str | None) -> ModelCardData:
     own = source_card(source)
     names = [report.source["id"], *(expert["id"] for expert in report.experts)]
-    bases = [name for name in names if name.count("/") == 1 and public_name(name) == name]
+    bases = [name for name in dict.fromkeys(names) if name.count("/") == 1 and public_name(name) == name]
     return ModelCardData(
         license=license_,
         language=getattr(own, "language", None),
