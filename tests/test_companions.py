@@ -28,6 +28,7 @@ from transformers import (
 
 from meo_hf import convert, extract
 
+pytestmark = pytest.mark.xdist_group("companions")  # one worker: the costly fixtures are made once
 WORDS = ["[PAD]", "<p>", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(93))]
 TEXT = "w1 w2 w3 w40 unknown"
 CHAT = "{% for m in messages %}{{ m.role }} says {{ m.content }}.{% endfor %}"

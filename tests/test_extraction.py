@@ -20,6 +20,7 @@ from tiny import main_class
 from meo_hf import convert, extract
 from meo_hf.errors import OutputError, SourceError, UnsupportedError, UsageError
 
+pytestmark = pytest.mark.xdist_group("extraction")  # one worker: the costly fixtures are made once
 TASKS = ("a", "b", "c")
 DECODERS = [name for name, row in FAMILIES.items() if row.kind == "decoder"]
 CASES = [

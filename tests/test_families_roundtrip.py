@@ -18,6 +18,7 @@ from tiny import main_class
 
 from meo_hf import convert
 
+pytestmark = pytest.mark.xdist_group("families_roundtrip")  # one worker: the costly fixtures are made once
 TASKS = ("a", "b", "c")
 TOLERANCE = 1e-5
 

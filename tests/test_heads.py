@@ -16,6 +16,7 @@ from tiny import tiny_dense, tiny_inputs
 from meo_hf import convert
 from meo_hf.conversion.source import auto_class_of
 
+pytestmark = pytest.mark.xdist_group("heads")  # one worker: the costly fixtures are made once
 HEADS: dict[str, dict[str, Any]] = {
     "BertForSequenceClassification": {},
     "BertForPreTraining": {},

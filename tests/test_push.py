@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_families_roundtrip import relative_rms, run_batch
 from tiny import main_class
 
+pytestmark = pytest.mark.xdist_group("push")  # one worker: the costly fixtures are made once
 CARD = "---\nlicense: mit\nlanguage: [en, de]\npipeline_tag: feature-extraction\n---\n# A source\n"
 UPLOAD = """
 from huggingface_hub import HfApi
@@ -284,10 +285,10 @@ def test_public_repository_is_not_taken_for_a_private_one(
 ) -> None:
     history = hub.history("tester/src")
     done = client.cli("convert", source, folder / "open", "--push-to-hub", "tester/src", "--private", *QUICK)
-    assert done.code == 1
-    assert "tester/src exists and is public: nothing was pushed" in done.err
+    assert done.code == 2
+    assert "tester/src exists and is public: give another repository, or leave --private out" in done.err
     assert hub.history("tester/src") == history
-    assert (folder / "open/config.json").is_file()
+    assert not (folder / "open").exists()
 
 
 def test_extract_and_verify_by_name(hub: HubServer, client: Client, folder: Path) -> None:
@@ -299,3 +300,12 @@ def test_extract_and_verify_by_name(hub: HubServer, client: Client, folder: Path
     assert done.code == 0, done.err
     assert load_file(folder / "task-b/model.safetensors").keys() == load_file(dense / "model.safetensors").keys()
     assert client.cli("verify", folder / "tasks", "--mode", "none").code == 0
+
+
+def test_card_names_all_bases(client: Client, source: Path, folder: Path) -> None:
+    client.python(UPLOAD, repo="tester/tuned", folder=source, private=False, tag="")
+    experts = ("--expert", "tester/tuned", "--expert", "tester/src", "--verify", "none")
+    assert client.cli("convert", "tester/src", folder / "several", *experts).code == 0
+    data = ModelCard.load(folder / "several/README.md").data.to_dict()
+    assert data["base_model"] == ["tester/src", "tester/tuned"]
+    assert data["base_model_relation"] == "merge"

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from meo_hf import convert
 
+pytestmark = pytest.mark.xdist_group("saving")  # one worker: the costly fixtures are made once
 AUTOS = {"bert": AutoModelForMaskedLM, "llama": AutoModelForCausalLM}
 WAYS = ("model", "sharded", "trainer", "in place", "trained")
 TASKS = ("a", "b", "c")

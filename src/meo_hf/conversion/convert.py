@@ -99,7 +99,7 @@ def convert(
     if not dry_run:
         check_output(output, overwrite, names)
         if push_to_hub is not None:
-            check_login(token)
+            check_login(push_to_hub, private, token)
     with ExitStack() as stack:
         opened = _open_all(names, read, stack)
         plan = build_plan(opened[0], opened[1:], options)

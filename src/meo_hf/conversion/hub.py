@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from meo_hf.conversion.report import REPORT_NAME
 from meo_hf.conversion.source import first_line, public_name
-from meo_hf.errors import HubError, LoginError, MeoError, UsageError
+from meo_hf.errors import HubError, LoginError, UsageError
 
 
 def check_push(repo_id: str | None, private: bool, revision: str | None, message: str | None) -> None:
@@ -27,14 +27,19 @@ def check_push(repo_id: str | None, private: bool, revision: str | None, message
         raise UsageError(f"--push-to-hub {repo_id!r} is no name of a repository: {first_line(error)}") from None
 
 
-def check_login(token: str | None) -> None:
-    """Raise LoginError before a long conversion if the Hub would refuse its push."""
+def check_login(repo_id: str, private: bool, token: str | None) -> None:
+    """Raise LoginError or UsageError before a long conversion if its push would be refused, or seen by all."""
+    api = HfApi(token=token)
     try:
-        HfApi(token=token).whoami()
+        user = api.whoami()["name"]
+        whole_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        public = private and api.repo_exists(whole_id) and not api.repo_info(whole_id).private
     except Exception as error:  # the HTTP library below has errors of its own kind
         raise LoginError(
             f"the Hub does not accept the login ({first_line(error)}): run `hf auth login` or give --token"
         ) from None
+    if public:
+        raise UsageError(f"{whole_id} exists and is public: give another repository, or leave --private out")
 
 
 def push_folder(
@@ -46,11 +51,10 @@ def push_folder(
     """
     api = HfApi(token=token)
     # the report names folders of this machine; `_public` takes them out, `hf upload` would not
-    again = f"{folder} is complete, push it with `hf upload {repo_id} {folder} --exclude {REPORT_NAME}`"
+    options = f"--exclude {REPORT_NAME}" + (f" --revision {revision}" if revision else "")
+    again = f"{folder} is complete, push it with `hf upload {repo_id} {folder} {options}`"
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
-            raise HubError(f"{repo_id} exists and is public: nothing was pushed; {again}")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations = [
@@ -59,8 +63,6 @@ def push_folder(
             if file.is_file()
         ]
         done = api.create_commit(repo_id, operations, revision=revision, commit_message=message)
-    except MeoError:
-        raise
     except Exception as error:  # as above
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise HubError(f"pushing to {repo_id} failed ({first_line(cause)}), nothing of it is there; {again}") from error
