@@ -39,10 +39,9 @@ class MeoModelMixin:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PreTrainedModel) and module is not self:
                 install_hooks(module, context)
-        self._meo_tasks = list(settings.tasks)
         self._meo_default_task = settings.default_task
         if settings.default_task is not None:
-            context.task = self._meo_tasks.index(settings.default_task)
+            context.task = settings.tasks.index(settings.default_task)
         super().post_init()  # type: ignore[misc]
 
     def initialize_weights(self) -> None:

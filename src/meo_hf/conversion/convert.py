@@ -20,7 +20,8 @@ from meo_hf.conversion.companions import write_companions
 from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.hub import check_login, check_push, push_folder
 from meo_hf.conversion.plan import Options, Plan, build_plan
-from meo_hf.conversion.report import ConversionReport, report_of
+from meo_hf.conversion.report import Check, ConversionReport, report_of
+from meo_hf.conversion.safetensors_files import sha256_of
 from meo_hf.conversion.source import Source, open_source, public_name
 from meo_hf.conversion.verification import MODES, mode_that_fits, outside_differences, verify_files
 from meo_hf.conversion.write import write_tensors
@@ -120,7 +121,7 @@ def convert(
                 raise CheckFailedError(_failure(report, keep_failed(folder, output)))
     if push_to_hub is not None:
         progress.stage("pushing", report.bytes_to_write)
-        message = commit_message or f"MEO variant of {report.source['id']}"
+        message = commit_message or f"MEO variant of {opened[0].public_name}"
         push_folder(output, push_to_hub, private=private, revision=push_revision, message=message, token=token)
     return report
 
@@ -172,9 +173,6 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     Files are compared with the recorded sha256, then the plan is built again from the recorded sources and options.
     Raises SourceError if a source is gone, CheckFailedError never: look at `report.passed`.
     """
-    from meo_hf.conversion.report import Check
-    from meo_hf.conversion.safetensors_files import sha256_of
-
     folder = Path(folder).expanduser().absolute()
     report = ConversionReport.load(folder)
     wrong = [n for n, f in report.files.items() if not (folder / n).is_file() or sha256_of(folder / n) != f["sha256"]]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meo_hf.conversion.births import BIRTHS, ROUTER_STD, Copied, Drawn, Recipe, Stacked
 from meo_hf.conversion.names import disk_names, live_names
-from meo_hf.conversion.safetensors_files import CODES, DTYPES, TensorRef, TensorSpec
+from meo_hf.conversion.safetensors_files import CHUNK, CODES, DTYPES, TensorRef, TensorSpec
 from meo_hf.conversion.source import Source, meta_model
 from meo_hf.errors import CheckpointError, MeoConfigError, UnsupportedError, UsageError
 from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, check_level, meo_config_class
@@ -85,7 +85,7 @@ class Plan:
             if isinstance(recipe, Stacked) and (recipe.birth != "copy" or recipe.transposed)
             for ref in recipe.experts[0]
         ]
-        return 2 * max([*computed, 2 * 16 * 2**20])
+        return 2 * max([*computed, 2 * CHUNK])
 
 
 def parse_layers(text: str, depth: int) -> list[int]:
@@ -169,9 +169,8 @@ def _meo_config(
 
 
 def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTrainedModel) -> None:
-    source_names = live_names(dense, plan.source.tensors)
-    by_live = _by_live(source_names, plan.source)
-    experts = [_by_live(live_names(dense, expert.tensors), expert) for expert in plan.experts]
+    by_live = tensors_by_live_name(dense, plan.source)
+    experts = [tensors_by_live_name(dense, expert) for expert in plan.experts]
     for expert in plan.experts:
         if expert.config.model_type != plan.source.config.model_type:
             raise UnsupportedError(
@@ -184,7 +183,7 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
         for name, recipe, sources in _block_recipes(plan, block, by_live, experts):
             recipes[name] = recipe
             used.update(sources)
-            (plan.expanded if isinstance(recipe, Stacked) else plan.created).append(name)
+            plan.expanded.append(name)
     created = {name for path, _ in merged_feed_forwards(meo) for name in _new_names(meo, path)}
     state = meo.state_dict()
     tied = set(dense.all_tied_weights_keys)
@@ -209,7 +208,7 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
             continue
         (plan.copied if live in tied else plan.carried).append(live)
         recipes[live] = Copied(by_live[live])
-        to_disk[live] = next(disk for disk, name in source_names.items() if name == live)
+        to_disk[live] = by_live[live].spec.name
     for live in [*(name for name in state if name in recipes), *sorted(set(recipes) - set(state))]:
         recipe = recipes[live]
         shape = tuple(state[live].shape) if live in state else by_live[live].spec.shape
@@ -219,9 +218,10 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
         names.sort()
 
 
-def _by_live(names: dict[str, str], source: Source) -> dict[str, TensorRef]:
+def tensors_by_live_name(dense: PreTrainedModel, source: Source) -> dict[str, TensorRef]:
+    """Return a source's tensors by their names in the live model; raises CheckpointError if two share one."""
     by_live: dict[str, TensorRef] = {}
-    for disk, live in names.items():
+    for disk, live in live_names(dense, source.tensors).items():
         if live in by_live:
             raise CheckpointError(f"{source.name} holds {live} twice, as {disk} and {by_live[live].spec.name}")
         by_live[live] = source.tensors[disk]

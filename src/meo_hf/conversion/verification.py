@@ -9,20 +9,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from meo_hf.conversion.births import Stacked
-from meo_hf.conversion.names import disk_names, live_names
-from meo_hf.conversion.plan import Plan
+from meo_hf.conversion.names import disk_names
+from meo_hf.conversion.plan import Plan, tensors_by_live_name
 from meo_hf.conversion.report import Check
 from meo_hf.conversion.safetensors_files import CHUNK, DTYPES, TensorRef
 from meo_hf.conversion.source import Source, auto_class_of, index_tensors, meta_model
-from meo_hf.modeling.feedforward_meo import Block, find_blocks, merged_feed_forwards
+from meo_hf.modeling.feedforward_meo import Block, MeoFeedForward, find_blocks
 from meo_hf.modeling.remote_meo import auto_map, heads_of
 
 MODES = ("full", "sample", "none")
@@ -103,7 +102,7 @@ def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str)
     meo = meta_model(plan.model_class, plan.config)
     blocks = [block for block in find_blocks(dense, plan.source.family) if block.index in plan.layers]
     to_disk = disk_names(meo, meo.state_dict())
-    origins = [_by_live(dense, origin) for origin in _origins(plan)]
+    origins = [tensors_by_live_name(dense, origin) for origin in _origins(plan)]
     heads = heads_of(plan.source.family.model_type)
     stock = type(dense).__name__
     auto = auto_class_of(plan.source.family.model_type, stock)
@@ -132,7 +131,7 @@ def _block_request(
     written: dict[str, TensorRef],
     origins: list[dict[str, TensorRef]],
 ) -> dict[str, Any]:
-    module = next(ff for path, ff in merged_feed_forwards(meo) if path == block.slot)
+    module = cast(MeoFeedForward, meo.get_submodule(block.slot))
     names = {name: to_disk[f"{block.slot}.{name}"] for name, _ in module.named_parameters()}
     stacks = {n.removeprefix("experts."): disk for n, disk in names.items() if n.startswith("experts.")}
     return {
@@ -156,10 +155,6 @@ def _origins(plan: Plan) -> list[Source]:
     if plan.experts or plan.options.expert_init != "copy":
         return plan.experts
     return [plan.source]
-
-
-def _by_live(dense: PreTrainedModel, source: Source) -> dict[str, TensorRef]:
-    return {live: source.tensors[disk] for disk, live in live_names(dense, source.tensors).items()}
 
 
 def _dense_parts(block: Block, first: str, origin: dict[str, TensorRef]) -> dict[str, list[dict[str, str]]]:
