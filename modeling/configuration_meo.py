@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 GATE_SCOPES = ("ffn", "projection")
 COMBINES = ("weights", "outputs")
 ROUTERS = ("noisy_top_k", "top_k")
+ROUTINGS = ("segment", "prompt")
 
 
 @dataclass
@@ -25,7 +26,10 @@ class MeoSettings:
     """The `meo` block of a config, typed.
 
     `level` None means the family's default. `layers` lists the converted layers of each stack, None for all.
-    `default_task` is the task of a batch that carries no `task_ids`. `source` holds id and commit of the
+    `default_task` is the task of a batch that carries no `task_ids`. In a decoder, `segment_length` counts the
+    tokens per segment, and `routing` says whether gates are frozen at the end of the prompt (`prompt`: the default
+    of level `sequence` and `token`) or refreshed with each segment (`segment`). `merged_cache_bytes` bounds what
+    merged experts take beside a KV cache; None means a quarter of the free memory. `source` holds id and commit of the
     dense checkpoint, `meo_hf_version` the version that wrote the block.
     """
 
@@ -38,6 +42,9 @@ class MeoSettings:
     router: str = "noisy_top_k"
     balance_loss: float = 0.01
     token_reduction: int = 64
+    segment_length: int = 256
+    routing: str | None = None
+    merged_cache_bytes: int | None = None
     layers: list[int] | None = None
     tasks: list[str] = field(default_factory=lambda: ["default"])
     default_task: str | None = None
@@ -66,10 +73,14 @@ class MeoSettings:
         _one_of("gate_scope", self.gate_scope, GATE_SCOPES)
         _one_of("combine", self.combine, COMBINES)
         _one_of("router", self.router, ROUTERS)
-        _one_of("level", self.level, (None, "sequence", "token", "task"))
+        _one_of("level", self.level, (None, "segment", "sequence", "token", "task"))
+        _one_of("routing", self.routing, (None, *ROUTINGS))
         _at_least("num_experts", self.num_experts, 1)
         _at_least("top_k", self.top_k, 1)
         _at_least("token_reduction", self.token_reduction, 1)
+        _at_least("segment_length", self.segment_length, 1)
+        if self.merged_cache_bytes is not None:
+            _at_least("merged_cache_bytes", self.merged_cache_bytes, 0)
         if self.top_k > self.num_experts:
             raise MeoConfigError(f"top_k is {self.top_k}, more than num_experts ({self.num_experts}); lower one")
         if not isinstance(self.balance_loss, (int, float)) or not 0 <= self.balance_loss < float("inf"):
@@ -107,24 +118,37 @@ def settings_of(config: PreTrainedConfig) -> MeoSettings:
     known before the first token it influences, so a causal stack cannot pool its own sequence.
     """
     settings = MeoSettings.from_dict(config.meo)
-    family = family_of(config.model_type)
-    settings.level = settings.level or family.default_level
+    settings.level = settings.level or levels_of(config)[0]
     check_level(config, settings.level)
+    if settings.routing is not None and (settings.level == "task" or not is_causal(config)):
+        raise MeoConfigError(
+            f"routing is {settings.routing!r}, which has no effect at level {settings.level!r} of "
+            f"{_name(config)}: leave it out"
+        )
     return settings
+
+
+def _name(config: PreTrainedConfig) -> str:
+    return config.model_type.removeprefix("meo_")
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether a model, as configured, is a decoder whose gates may not read later tokens."""
+    kind = family_of(config.model_type).kind
+    return kind == "decoder" or (kind == "encoder" and getattr(config, "is_decoder", False))
+
+
+def levels_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the levels that a family, as configured, can take; the default first."""
+    return LEVELS["decoder" if is_causal(config) else family_of(config.model_type).kind]
 
 
 def check_level(config: PreTrainedConfig, level: str) -> None:
     """Raise MeoConfigError if a family, as configured, cannot take a level."""
-    family = family_of(config.model_type)
-    allowed = LEVELS[family.kind]
-    causal = family.kind == "encoder" and getattr(config, "is_decoder", False)
-    if causal:
-        allowed = LEVELS["decoder"]
+    allowed = levels_of(config)
     if level not in allowed:
-        why = "is a causal decoder, whose gate may not read later tokens" if allowed == ("task",) else ""
-        why = why or f"is an {family.kind}"
         raise MeoConfigError(
-            f"level {level!r} is not possible for {config.model_type.removeprefix('meo_')}, which {why}; "
+            f"level {level!r} is not possible for {_name(config)}, which is an {family_of(config.model_type).kind}; "
             f"allowed: {', '.join(allowed)}"
         )
 

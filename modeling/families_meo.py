@@ -12,7 +12,7 @@ Kind = Literal["encoder", "decoder", "encoder-decoder"]
 LEVELS: dict[Kind, tuple[str, ...]] = {
     "encoder": ("sequence", "token", "task"),
     "encoder-decoder": ("sequence", "token", "task"),
-    "decoder": ("task",),
+    "decoder": ("segment", "sequence", "token", "task"),
 }
 
 

@@ -1,6 +1,6 @@
 """The merged feed-forward: experts' weights, their router, and one dense pass through what the gates merge.
 
-Legend: G groups that share a gate, T tokens per group, D hidden features, F intermediate features,
+Legend: N groups that share a gate, W tokens per group, D hidden features, F intermediate features,
 E experts, K selected experts.
 """
 
@@ -8,99 +8,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.pytorch_utils import Conv1D, apply_chunking_to_forward
+from transformers.pytorch_utils import apply_chunking_to_forward
+from transformers.utils import logging
 
+from .blocks_meo import (
+    Block,
+    find_blocks,
+    meta_twin,
+    oriented,
+    take_activation,
+    take_chunk_size,
+    take_dropout,
+)
 from .configuration_meo import MeoSettings
-from .errors_meo import MeoConfigError, RoutingError
+from .errors_meo import MeoConfigError
 from .families_meo import Family
+from .groups_meo import Groups
 from .merging_meo import combine_outputs, grouped_linear, merge_experts
-from .routing_meo import Call, Gates, MeoRouter, RoutingContext
+from .router_meo import Gates, MeoRouter
+from .routing_meo import Call, RoutingContext
 
-
-@dataclass(frozen=True)
-class Block:
-    """A dense feed-forward found in a model: the module that owns it, its path, and its projections."""
-
-    path: str
-    index: int
-    owner: nn.Module
-    up: tuple[str, ...]
-    down: str
-    family: Family
-    causal_partner: bool  # the decoder of an encoder-decoder, gated by the encoder's output
-
-    @property
-    def slot(self) -> str:
-        """Path of the module that the merged feed-forward takes the place of."""
-        return f"{self.path}.{self.up[0]}" if self.family.hosted else self.path
-
-    @property
-    def gated(self) -> bool:
-        """Whether the first projection is a gate times a value."""
-        return self.family.fused or len(self.up) == 2
-
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """Names of the linear maps, first projections then `down_proj`; each has a gate in scope `projection`."""
-        if len(self.up) == 2:
-            return ("gate_proj", "up_proj", "down_proj")
-        return ("gate_up_proj" if self.gated else "up_proj", "down_proj")
-
-    def projection(self, path: str) -> nn.Linear:
-        """Return a projection by its path on the owner; GPT-2's Conv1D passes for a linear map here."""
-        return cast(nn.Linear, self.owner.get_submodule(path))
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """Hidden features D and intermediate features F."""
-        down = _weight_shape(self.projection(self.down))
-        return down[0], down[1]
-
-    @property
-    def has_bias(self) -> tuple[bool, bool]:
-        """Whether first and second projection carry a bias."""
-        return self.projection(self.up[0]).bias is not None, self.projection(self.down).bias is not None
-
-
-def _weight_shape(linear: nn.Linear) -> tuple[int, int]:
-    """Shape [out, in] of a projection; GPT-2's Conv1D stores [in, out]."""
-    rows, columns = linear.weight.shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
-
-
-def oriented(linear: nn.Linear) -> Tensor:
-    """Return a projection's weight as [out, in]."""
-    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight  # type: ignore[operator]
-
-
-def find_blocks(model: nn.Module, family: Family) -> Iterator[Block]:
-    """Yield every dense feed-forward of a model, numbered within its stack."""
-    counts: dict[bool, int] = {}
-    for path, owner in model.named_modules():
-        up = next((u for u in family.up if _has_projections(owner, (*u, family.down))), None)
-        if up is None:
-            continue
-        decoder = family.kind == "encoder-decoder" and "decoder" in path.split(".")
-        index = counts.get(decoder, 0)
-        counts[decoder] = index + 1
-        yield Block(path, index, owner, up, family.down, family, decoder)
-
-
-def _has_projections(module: nn.Module, paths: tuple[str, ...]) -> bool:
-    for path in paths:
-        try:
-            found = module.get_submodule(path)
-        except AttributeError:
-            return False
-        if not isinstance(found, (nn.Linear, Conv1D)):
-            return False
-    return True
+logger = logging.get_logger(__name__)
+Linear = Callable[[Tensor], Tensor]
 
 
 class MergedExperts(nn.Module):
@@ -152,103 +86,96 @@ class MeoFeedForward(nn.Module):
     def __init__(self, block: Block, settings: MeoSettings, context: RoutingContext) -> None:
         super().__init__()
         hidden, intermediate = block.features
-        self.level, self.combine, self.scope = settings.level, settings.combine, settings.gate_scope
-        self.num_tasks = len(settings.tasks)
+        self.layer = block.layer
+        self.level, self.combine, self.scope = settings.level or "", settings.combine, settings.gate_scope
         self.balance_loss = settings.balance_loss if settings.num_experts > 1 else 0.0
         self.reads_encoder = block.causal_partner
         self.maps = block.maps
         self.gated = block.gated
-        self.activation = _take_activation(block)
-        self.dropout = nn.Dropout(_take_dropout(block))
-        self.chunk_size = _take_chunk_size(block)
+        self.activation = take_activation(block)
+        self.dropout = nn.Dropout(take_dropout(block))
+        self.chunk_size = take_chunk_size(block)
         self.experts = MergedExperts(block, settings.num_experts)
         self.adapter = TokenAdapter(hidden, settings.token_reduction) if self.level == "token" else None
+        self.sources = {"hidden": self.maps}  # gated input -> the linear maps whose gates read it
+        if self.scope == "projection" and self.level != "task" and not self.reads_encoder:
+            self.sources = {"hidden": self.maps[:-1], "intermediate": self.maps[-1:]}
 
         def router(features: int) -> MeoRouter:
             if self.level == "task":
-                features = self.num_tasks
+                features = len(settings.tasks)
             made = MeoRouter(features, settings.num_experts, settings.top_k, settings.router == "noisy_top_k")
             return made.to(device=self.experts.down_proj.device, dtype=self.experts.down_proj.dtype)
 
         if self.scope == "ffn":
             self.router: nn.Module = router(hidden)
         else:
-            inner = hidden if self.reads_encoder else intermediate
-            widths = {name: inner if name == "down_proj" else hidden for name in self.maps}
-            self.router = nn.ModuleDict({name: router(width) for name, width in widths.items()})
+            inner = self.sources.get("intermediate", ())
+            self.router = nn.ModuleDict({m: router(intermediate if m in inner else hidden) for m in self.maps})
         self._context = context
-        self._twin = (_meta_twin(block),)  # a tuple, so that the twin is no submodule
+        self._twin = (meta_twin(block),)  # a tuple, so that the twin is no submodule
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Run tokens [B, S, D] (or flattened [B * S, D]) through their merged expert; keeps the shape."""
+        """Run tokens [B, S, D] (or flattened [B * S, D]) through their merged experts; keeps the shape."""
         call = self._context.call()
-        x = call.grouped(hidden_states)  # [B, S, D]
-        fixed = self._fixed_task(call)
-        if fixed is not None:
-            x = x.reshape(1, -1, x.shape[-1])  # one gate for the whole batch
-        gates = self._gates(call, x, fixed, self.maps[:-1])
-        if self.adapter is not None:
-            x = self.adapter(x)
-        first = [self._linear(name, gates[name]) for name in self.maps[:-1]]
-        shared = self._linear("down_proj", gates["down_proj"]) if "down_proj" in gates else None
-
-        if shared is None and self.chunk_size:  # the last gate reads the whole activation
-            h = self._chunked(lambda part: self._activate(first, part), x)
-            shared = self._linear("down_proj", self._gates(call, h, fixed, ("down_proj",))["down_proj"])
-            y = self._chunked(shared, h)
-        elif shared is None:
-            h = self._activate(first, x)
-            y = self._linear("down_proj", self._gates(call, h, fixed, ("down_proj",))["down_proj"])(h)
+        groups = call.groups(self.level, self.layer)
+        x = groups.split(call.grouped(hidden_states))  # [N, W, D]
+        linear = self._linear_maps(call, groups, "hidden", x)
+        x = x if self.adapter is None else self.adapter(x)
+        h = x
+        if "intermediate" in self.sources:  # the last gate reads the whole activation
+            h = self._chunked(lambda part: self._activate(linear, part), x)
+            linear |= self._linear_maps(call, groups, "intermediate", h)
+            y = self._chunked(linear["down_proj"], h)
         else:
-            y = self._chunked(lambda part: shared(self._activate(first, part)), x)
+            y = self._chunked(lambda part: linear["down_proj"](self._activate(linear, part)), x)
+        y = groups.join(y)
+        groups.close()
+        if call.causal is not None and call.causal.prompt_end is not None and call.causal.keeps:
+            answer = call.causal.answer(self.layer)
+            for source in self.sources:  # now, because a compiled step could not keep what it merges
+                self._linear_maps(call, answer, source, x if source == "hidden" else h)
         return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
 
-    def _activate(self, first: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        if len(first) == 2:
-            h = self.activation(first[0](x)) * first[1](x)
+    def _activate(self, linear: dict[str, Linear], x: Tensor) -> Tensor:
+        if "gate_proj" in linear:
+            h = self.activation(linear["gate_proj"](x)) * linear["up_proj"](x)
         elif self.gated:
-            gate, value = first[0](x).chunk(2, dim=-1)
+            gate, value = linear["gate_up_proj"](x).chunk(2, dim=-1)
             h = self.activation(gate) * value
         else:
-            h = self.activation(first[0](x))
+            h = self.activation(linear["up_proj"](x))
         return self.dropout(h)
 
-    def _chunked(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _chunked(self, function: Linear, x: Tensor) -> Tensor:
         return apply_chunking_to_forward(function, self.chunk_size, 1, x) if self.chunk_size else function(x)
 
-    def _fixed_task(self, call: Call) -> int | None:
-        if call.task_ids is not None:
-            self._check_task_ids(call.task_ids)
-            return None
-        if self.level != "task":
-            return None
-        if self._context.task is not None:
-            return self._context.task
-        if self.num_tasks == 1:
-            return 0
-        raise RoutingError(
-            f"this model has {self.num_tasks} tasks: pass `task_ids` [batch], or call model.set_task(name) first"
-        )
-
-    def _check_task_ids(self, task_ids: Tensor) -> None:
-        if self.level != "task":
-            raise RoutingError(f"`task_ids` have no effect at level {self.level!r}: leave them out")
-        on_cpu = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
-        if on_cpu and not bool(((task_ids >= 0) & (task_ids < self.num_tasks)).all()):
-            raise RoutingError(f"`task_ids` are {task_ids.tolist()}, but the tasks are 0 to {self.num_tasks - 1}")
-
-    def _gates(self, call: Call, x: Tensor, fixed: int | None, maps: tuple[str, ...]) -> dict[str, Gates]:
-        """Gates of the given linear maps; in scope `ffn` one router's gates serve all maps."""
-        if self.level == "task":
-            inputs = call.task_ids
-            if inputs is None:
-                inputs = torch.full((1,), fixed or 0, dtype=torch.long, device=x.device)
+    def _linear_maps(self, call: Call, groups: Groups, source: str, cells: Tensor) -> dict[str, Linear]:
+        """Return the linear maps whose gates read `source`, as functions of tokens [N, W, I]."""
+        names = self.sources[source]
+        kept = groups.kept()
+        known = all(name in kept for name in names)
+        if known and groups.settled:
+            return {name: _bound(*kept[name]) for name in names}
+        inputs = groups.read(source, cells).to(cells.device)
+        if known and not groups.changed:
+            return {name: _bound(*kept[name]) for name in names}
+        gates = self._gates(source, inputs, call)
+        if known:
+            for name in names:
+                kept[name] = self._merge_into(kept[name], name, gates[name], list(groups.changed))
+        elif groups.keeps and self.combine == "weights" and self._fits(call, groups, names, inputs):
+            kept |= {name: self._merge(name, gates[name]) for name in names}
         else:
-            inputs = call.encoder_mean() if self.reads_encoder else call.mean(x)
+            return {name: self._linear(name, gates[name], cells.shape[1]) for name in names}
+        return {name: _bound(*kept[name]) for name in names}
+
+    def _gates(self, source: str, inputs: Tensor, call: Call) -> dict[str, Gates]:
+        """Return the gates of the linear maps that read `source`; in scope `ffn` one router's serve all."""
         if self.scope == "ffn":
-            gates = self._route(self.router, inputs, call)
-            return dict.fromkeys(self.maps, gates)
-        return {name: self._route(self.router[name], inputs, call) for name in maps}  # type: ignore[index]
+            return dict.fromkeys(self.maps, self._route(self.router, inputs, call))
+        routers: nn.ModuleDict = self.router  # type: ignore[assignment]
+        return {name: self._route(routers[name], inputs, call) for name in self.sources[source]}
 
     def _route(self, router: nn.Module, inputs: Tensor, call: Call) -> Gates:
         gates, balance = router(inputs)
@@ -256,14 +183,50 @@ class MeoFeedForward(nn.Module):
             call.balance.append(balance * self.balance_loss)
         return gates
 
-    def _linear(self, name: str, gates: Gates) -> Callable[[Tensor], Tensor]:
-        """Return one linear map of the merged expert as a function of tokens [G, T, I]."""
-        stack, bias = self.experts.stack(name)
-        if self.combine == "outputs":
+    def _linear(self, name: str, gates: Gates, tokens: int) -> Linear:
+        """Return one linear map of the merged experts for groups of some tokens."""
+        if self.combine == "outputs" or tokens == 1:  # for a single token merging only adds traffic
+            stack, bias = self.experts.stack(name)
             return lambda x: combine_outputs(x.to(stack.dtype), stack, bias, *gates)
-        weight = merge_experts(stack, *gates)
-        merged_bias = None if bias is None else merge_experts(bias, *gates)
-        return lambda x: grouped_linear(x, weight, merged_bias)
+        return _bound(*self._merge(name, gates))
+
+    def _merge(self, name: str, gates: Gates) -> tuple[Tensor, Tensor | None]:
+        stack, bias = self.experts.stack(name)
+        return merge_experts(stack, *gates), None if bias is None else merge_experts(bias, *gates)
+
+    def _merge_into(
+        self, kept: tuple[Tensor, Tensor | None], name: str, gates: Gates, rows: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Merge the experts of some rows anew, in place where that is allowed."""
+        merged = self._merge(name, Gates(gates.top_k_index[rows], gates.top_k_weights[rows]))
+        if kept[0].is_inference() and not torch.is_inference_mode_enabled():  # nobody may write to those
+            kept = (kept[0].clone(), None if kept[1] is None else kept[1].clone())
+        for old, new in zip(kept, merged, strict=True):
+            if old is not None:
+                old[rows] = cast(Tensor, new)
+        return kept
+
+    def _fits(self, call: Call, groups: Groups, names: tuple[str, ...], inputs: Tensor) -> bool:
+        """Whether merged experts of all groups may be kept; if not, say so once and combine outputs from now on."""
+        memory = groups.memory
+        if memory is None or memory.crowded:
+            return False
+        stacks = [tensor for name in names for tensor in self.experts.stack(name) if tensor is not None]
+        need = sum(stack[0].nbytes for stack in stacks) * inputs.shape[0]
+        room = self._context.room(call, inputs.device)
+        if need > room:
+            memory.crowded = True
+            warn = logger.warning if not self._context.warned else logger.debug
+            self._context.warned = True
+            warn(
+                f"Merged experts of {inputs.shape[0]} rows need {need / 2**20:,.1f} MiB more in a layer, and "
+                f"{room / 2**20:,.1f} MiB are left of their budget (`merged_cache_bytes` in the config's `meo` block; "
+                "by default a quarter of the free memory). Where they do not fit, each step combines the experts' "
+                "outputs: the same results, slower."
+            )
+            return False
+        call.room = room - need
+        return True
 
     @torch.no_grad()
     def initialize(self, init_weights: Callable[[nn.Module], None]) -> None:
@@ -302,42 +265,8 @@ class MeoFeedForward(nn.Module):
                     bias[expert] = torch.cat([linear.bias for linear in linears])
 
 
-def _meta_twin(block: Block) -> tuple[nn.Module, tuple[str, ...], str]:
-    """Copy the dense feed-forward alone to the meta device: families initialise it by its module class."""
-    linears = {path: block.projection(path) for path in (*block.up, block.down)}
-    own = sum(len(list(linear.parameters())) for linear in linears.values())
-    if own == len(list(block.owner.parameters())):
-        return copy.deepcopy(block.owner).to("meta"), block.up, block.down
-    names = {path: f"projection_{i}" for i, path in enumerate(linears)}
-    loose = nn.ModuleDict({names[path]: copy.deepcopy(linear) for path, linear in linears.items()})
-    return loose.to("meta"), tuple(names[path] for path in block.up), names[block.down]
-
-
-def _take_activation(block: Block) -> nn.Module:
-    parent, _, name = block.family.activation.rpartition(".")
-    holder = block.owner.get_submodule(parent)
-    activation = getattr(holder, name)
-    if block.family.hosted:
-        setattr(holder, name, nn.Identity())
-    return activation
-
-
-def _take_dropout(block: Block) -> float:
-    if block.family.dropout is None:
-        return 0.0
-    dropout = getattr(block.owner, block.family.dropout)
-    if isinstance(dropout, nn.Dropout):
-        return dropout.p
-    setattr(block.owner, block.family.dropout, 0.0)  # it would act on the output now
-    return float(dropout)
-
-
-def _take_chunk_size(block: Block) -> int:
-    """Chunk after gating: the layer's own chunks would hide the rest of the sequence from the gate."""
-    size = getattr(block.owner, "chunk_size_feed_forward", 0)
-    if size:
-        block.owner.chunk_size_feed_forward = 0  # type: ignore[assignment]
-    return int(size or 0)
+def _bound(weight: Tensor, bias: Tensor | None) -> Linear:
+    return lambda x: grouped_linear(x, weight, bias)
 
 
 class Absorbed(nn.Identity):
@@ -377,18 +306,3 @@ def merged_feed_forwards(model: nn.Module) -> Iterator[tuple[str, MeoFeedForward
     for path, module in model.named_modules():
         if isinstance(module, MeoFeedForward):
             yield path, module
-
-
-def describe_unknown(model: nn.Module) -> list[dict[str, Any]]:
-    """Propose family rows for a model without one: modules that own two or three linear maps with an activation."""
-    proposals = []
-    for path, module in model.named_modules():
-        linears = [n for n, m in module.named_children() if isinstance(m, (nn.Linear, Conv1D))]
-        if len(linears) in (2, 3):
-            shapes = {n: _weight_shape(cast(nn.Linear, module.get_submodule(n))) for n in linears}
-            ins = {shape[1] for shape in shapes.values()}
-            outs = {shape[0] for shape in shapes.values()}
-            if len(ins) == 2 and len(outs) == 2:
-                down = next(n for n, s in shapes.items() if s[1] == max(ins))
-                proposals.append({"path": path, "up": [n for n in linears if n != down], "down": down})
-    return proposals

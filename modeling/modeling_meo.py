@@ -17,11 +17,13 @@ from transformers.conversion_mapping import (
 )
 from transformers.utils import ModelOutput
 
-from .configuration_meo import meo_config_class, settings_of
+from .cache_meo import decoder_cache, route_cache
+from .configuration_meo import is_causal, meo_config_class, settings_of
 from .errors_meo import MeoConfigError
-from .families_meo import FAMILIES, family_of
-from .feedforward_meo import merged_feed_forwards, replace_blocks
-from .routing_meo import RoutingContext, close_call, install_hooks, open_call
+from .families_meo import FAMILIES, Family, family_of
+from .feedforward_meo import MeoFeedForward, merged_feed_forwards, replace_blocks
+from .generation_meo import PromptedGeneration, prepared_inputs
+from .routing_meo import Reads, RoutingContext, Stack, close_call, install_hooks, open_call
 
 
 class MeoModelMixin:
@@ -33,12 +35,14 @@ class MeoModelMixin:
     def post_init(self) -> None:
         """Swap the feed-forwards in before Transformers initialises and ties weights."""
         settings = settings_of(self.config)
-        context = RoutingContext()
+        context = RoutingContext(settings)
+        context.causal = is_causal(self.config)
         replace_blocks(self, family_of(self.config.model_type), settings, context)  # type: ignore[arg-type]
         self._meo_context = context
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PreTrainedModel) and module is not self:
                 install_hooks(module, context)
+        _mark_stacks(self)  # type: ignore[arg-type]
         self._meo_default_task = settings.default_task
         if settings.default_task is not None:
             context.task = settings.tasks.index(settings.default_task)
@@ -69,6 +73,15 @@ class MeoModelMixin:
         task = self._meo_default_task if task is None else task
         self._meo_context.task = None if task is None else settings.tasks.index(task)
         self.config.meo = {**settings.to_dict(), "default_task": task}
+
+    def route_cache(self, cache: Any) -> None:
+        """Make room for routing state in a KV cache, in place.
+
+        Only a compiled prefill needs it beforehand; `generate` and eager calls do it themselves.
+        """
+        own = decoder_cache(cache)
+        if own is not None and settings_of(self.config).level != "task":
+            route_cache(own, self.config.get_text_config(decoder=True).num_hidden_layers)
 
     def _set_gradient_checkpointing(
         self,
@@ -137,32 +150,64 @@ class MeoModelMixin:
         return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
 
-class MeoGenerationMixin(MeoModelMixin):
+class MeoGenerationMixin(PromptedGeneration, MeoModelMixin):
     """The mixin of classes that generate; its name keeps Transformers from building a second class."""
 
 
-def _routed_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward with the base's signature plus `task_ids`, that opens the routing call of the model.
+def _mark_stacks(model: PreTrainedModel) -> None:
+    """Tell each innermost model around merged feed-forwards what their gates read."""
+    context: RoutingContext = model._meo_context  # type: ignore[assignment]
+    owned: dict[PreTrainedModel, list[MeoFeedForward]] = {}
+    for path, module in merged_feed_forwards(model):
+        owner: Any = model
+        while path:
+            path = path.rpartition(".")[0]
+            owner = model.get_submodule(path)
+            if isinstance(owner, PreTrainedModel):
+                break
+        owned.setdefault(owner, []).append(module)
+    for stack, modules in owned.items():
+        reads: Reads = "encoder" if modules[0].reads_encoder else "past" if context.causal else "rows"
+        layers = tuple(sorted({module.layer for module in modules}))
+        depth = stack.config.get_text_config(decoder=True).num_hidden_layers
+        stack._meo_stack = Stack(reads, layers, depth)  # type: ignore[assignment]
+
+
+_ADDED = {
+    "task_ids": "Tensor | None",
+    "routing": "str | None",
+    "prompt_lengths": "Tensor | None",
+    "routing_mask": "Tensor | None",
+}
+
+
+def _routed_forward(base_forward: Callable[..., Any], family: Family) -> Callable[..., Any]:
+    """Return a forward with the base's signature plus what the gates take, that opens the model's routing call.
 
     No hook: some libraries call `model.forward` itself.
     """
     signature = inspect.signature(base_forward)
     names = tuple(signature.parameters)[1:]
+    causal = family.kind != "encoder-decoder" and "past_key_values" in names
+    taken = {name: kind for name, kind in _ADDED.items() if causal or name in ("task_ids", "routing_mask")}
 
     @functools.wraps(base_forward)
-    def forward(self: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         context = self._meo_context
-        open_call(context, self, names, args, {**kwargs, "task_ids": task_ids})
+        open_call(context, self, names, args, kwargs)
+        outputs = None
         try:
-            outputs = base_forward(self, *args, **kwargs)
+            outputs = base_forward(self, *args, **{k: v for k, v in kwargs.items() if k not in taken})
             return self._add_balance_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
         finally:
-            close_call(context, self)
+            close_call(context, self, outputs)
 
     parameters = list(signature.parameters.values())
-    added = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    parameters.insert(at, added)
+    parameters[at:at] = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in taken.items()
+    ]
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward
 
@@ -206,7 +251,8 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         family = family_of(config_class.model_type)
         _share_conversions(base.__name__, name)
         _share_conversions(stock_config.model_type, config_class.model_type)
-        mixin = MeoGenerationMixin if issubclass(base, GenerationMixin) else MeoModelMixin
+        generates = issubclass(base, GenerationMixin)
+        mixin = MeoGenerationMixin if generates else MeoModelMixin
         in_fp32 = list(base._keep_in_fp32_modules or [])
         globals()[name] = type(
             name,
@@ -217,7 +263,8 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 "__doc__": f"`{base.__name__}` whose feed-forwards merge experts into one.",
                 "config_class": config_class,
                 "__init__": _with_stock_body(base, stock_config),
-                "forward": _routed_forward(base.forward),
+                "forward": _routed_forward(base.forward, family),
+                **({"prepare_inputs_for_generation": prepared_inputs(base)} if generates else {}),
                 "_keep_in_fp32_modules": in_fp32 + ["down_proj"] * (family.down in in_fp32),
             },
         )

@@ -1,39 +1,64 @@
-"""Who shares a gate, and what the gate reads: the routing context of a forward pass, and the router.
+"""The routing context: what the merged feed-forwards of a model may know about the forward pass they run in.
 
-Legend: B rows of the batch, S positions, G groups that share a gate, T tokens per group, D features,
-E experts, K selected experts.
+Legend: B rows of the batch, S positions, D features.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .cache_meo import decoder_cache, is_routed, route_cache, routings
+from .causal_meo import CausalCall, open_causal
+from .configuration_meo import ROUTINGS, MeoSettings
 from .errors_meo import RoutingContextError, RoutingError
+from .groups_meo import AnswerGroups, Groups, TaskGroups, masked_mean
+from .memory_meo import free_bytes
+from .padding_meo import document_starts, of_new_tokens, padding_mask, refusal
 
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
+Reads = Literal["rows", "encoder", "past"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the gates of a stack's merged feed-forwards read, and their layers' places in a KV cache."""
+
+    reads: Reads
+    layers: tuple[int, ...]
+    num_layers: int
+
+
 @dataclass
 class Call:
-    """One forward pass of one stack: what its feed-forwards may know about its inputs."""
+    """One forward pass of one stack."""
 
     owner: int
     outer: Call | None
     rows: int | None
-    mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    packed: str | None = None
-    encoder_hidden_states: Tensor | None = None
-    encoder_attention_mask: Tensor | None = None
+    mask: Any = None
+    task: int | None = None
     task_ids: Tensor | None = None
+    routing: str | None = None
+    prompt_lengths: Tensor | None = None
+    labels: Tensor | None = None
     balance: list[Tensor] = field(default_factory=list)
+    padding: Tensor | None = None
+    causal: CausalCall | None = None
+    encoder: Tensor | None = None
+    cache: Any = None
+    keeps: bool = False
+    still: bool = False
+    room: int | None = None
+    refused: str | None = None
 
     def grouped(self, hidden_states: Tensor) -> Tensor:
         """Give tokens their rows back: [B, S, D] or flattened [B * S, D] -> [B, S, D].
@@ -48,90 +73,82 @@ class Call:
             )
         return hidden_states.reshape(rows, -1, hidden_states.shape[-1])
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Average each row over its real tokens, in float32: [B, S, D] -> [B, D]."""
-        return masked_mean(x, self._padding_mask(x))
-
-    def encoder_mean(self) -> Tensor:
-        """Average the encoder's output over its real tokens: [B, D]; a decoder's gate reads it."""
-        if self.encoder_hidden_states is None:
-            raise RoutingError(
-                "the gates of this decoder read the encoder's output, but `encoder_hidden_states` is missing: "
-                "use the full encoder-decoder model, or level 'task'"
-            )
-        # not kept: a layer that gradient checkpointing runs again must do what it did the first time
-        mask = _two_dimensional(self.encoder_attention_mask, self.encoder_hidden_states, "encoder_attention_mask")
-        return masked_mean(self.encoder_hidden_states, mask)
-
-    def _padding_mask(self, x: Tensor) -> Tensor | None:
-        if self.packed is not None:
-            raise RoutingError(
-                f"`{self.packed}` packs several sequences into one row, and this level gates each row by its mean: "
-                "pass one sequence per row, or use level 'task'"
-            )
-        mask = _two_dimensional(self.mask, x, "attention_mask")
-        if self.position_ids is not None:
-            _refuse_restarts(self.position_ids.expand(x.shape[:2]), mask)
-        return mask
-
-
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Average x [B, S, D] over the positions where mask [B, S] is true, in float32 or wider -> [B, D]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if mask is None:
-        return x.to(wide).mean(1)
-    kept = torch.where(mask[..., None], x.to(wide), x.new_zeros((), dtype=wide))
-    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _two_dimensional(mask: Any, x: Tensor, name: str) -> Tensor | None:
-    """Return the padding mask [B, S] of tokens x [B, S, D] as booleans, or raise RoutingError."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise RoutingError(
-            f"`{name}` is {shape}; the gates need to know which tokens are padding: pass a 2-D mask "
-            "[batch, sequence] of ones and zeros"
-        )
-    mask = mask[:, -x.shape[1] :]  # a prefix of past keys has no tokens here
-    if mask.shape != x.shape[:2]:
-        raise RoutingError(f"`{name}` is {tuple(mask.shape)}, but the tokens are {tuple(x.shape[:2])}")
-    return mask.to(device=x.device, dtype=torch.bool)
-
-
-def _refuse_restarts(position_ids: Tensor, mask: Tensor | None) -> None:
-    """Raise RoutingError if positions restart among a row's real tokens: several documents share the row."""
-    real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
-    highest = torch.where(real, position_ids, -1).cummax(1).values
-    restarts = (real[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).any()
-    if torch.compiler.is_compiling():
-        torch._assert_async(~restarts, "position_ids restart within a row: packed sequences cannot share a gate")
-    elif bool(restarts):
-        raise RoutingError(
-            "`position_ids` restart within a row: packed sequences cannot share a gate; pass one sequence per "
-            "row, or use level 'task'"
-        )
+    def groups(self, level: str, layer: int) -> Groups:
+        """Return the groups that the merged feed-forward of a layer forms in this call."""
+        if level == "task":
+            return TaskGroups(self.task, self.task_ids)
+        if self.refused is not None:
+            raise RoutingError(self.refused)
+        if self.causal is not None:
+            return self.causal.groups(layer)
+        memory = None if self.cache is None else self.cache.layers[layer].routing
+        if self.encoder is not None or (memory is not None and memory.frozen):
+            known = memory is not None and memory.frozen
+            return AnswerGroups(memory, self.keeps, self.still, None if known else self.encoder)
+        return Groups(self.padding)
 
 
 class RoutingContext:
-    """The current call, shared by a model and its merged feed-forwards.
+    """The current calls, shared by a model and its merged feed-forwards: one per thread.
 
-    A plain object: a ContextVar would break `torch.compile(fullgraph=True)`. One model, one thread.
+    A plain object: a ContextVar would break `torch.compile(fullgraph=True)`.
     """
 
-    def __init__(self) -> None:
-        self.current: Call | None = None
+    def __init__(self, settings: MeoSettings) -> None:
+        self.settings = settings
+        self.causal = False
         self.task: int | None = None
+        self.warned = False
+        self._calls: dict[int, Call] = {}
+
+    @property
+    def routing(self) -> str:
+        """How a causal stack gates what follows a prompt, where a call does not say."""
+        return self.settings.routing or ("segment" if self.settings.level == "segment" else "prompt")
+
+    @property
+    def current(self) -> Call | None:
+        """The innermost open call of this thread."""
+        call = self._calls.get(_thread())
+        if call is None and self._calls and torch.compiler.is_compiling():  # a compiled layer of an eager model
+            if len(self._calls) > 1:
+                raise RoutingContextError("a model with layers compiled one by one serves one thread at a time")
+            return next(iter(self._calls.values()))
+        return call
+
+    @current.setter
+    def current(self, call: Call | None) -> None:
+        if call is None:
+            self._calls.pop(_thread(), None)
+        else:
+            self._calls[_thread()] = call
 
     def call(self) -> Call:
         """Return the current call; raises RoutingContextError outside the model's forward pass."""
-        if self.current is None:
+        call = self.current
+        if call is None:
             raise RoutingContextError(
                 "a merged feed-forward ran outside its model's forward pass, so nobody knows which tokens are "
                 "padding: call the model, not one of its layers"
             )
-        return self.current
+        return call
+
+    def room(self, call: Call, device: torch.device) -> int:
+        """Return the bytes that merged experts may still take beside this call's cache."""
+        if call.room is None:
+            limit = self.settings.merged_cache_bytes
+            if limit is None:
+                call.room = free_bytes(device) // 4
+            else:
+                cache = call.cache if call.causal is None else call.causal.cache
+                states = [] if cache is None else routings(cache)
+                held = [x for state in states for pair in state.merged.values() for x in pair]
+                call.room = limit - sum(x.nbytes for x in held if x is not None)
+        return call.room
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _argument(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -144,50 +161,145 @@ def _argument(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, A
 def open_call(
     context: RoutingContext, owner: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Open the call of a stack's forward pass; `names` are its positional arguments.
+    """Open the call of a forward pass; `names` are the positional arguments of its module.
 
-    Raises RoutingError for task ids that do not fit the batch.
+    Raises RoutingError for arguments that do not fit the batch, or each other.
     """
     outer = context.current
     find = lambda name: _argument(names, args, kwargs, name)  # noqa: E731
     batched = next((v for v in map(find, _BATCHED) if isinstance(v, Tensor)), None)
-    rows = None if batched is None else batched.shape[0]
-    task_ids = find("task_ids")
-    if task_ids is not None:
-        task_ids = _checked_task_ids(task_ids, rows)
-    elif outer is not None and outer.task_ids is not None:
-        task_ids = outer.task_ids
-        if rows is not None and outer.rows and rows % outer.rows == 0:  # multiple choice: several rows each
-            task_ids = task_ids.repeat_interleave(rows // outer.rows)
-    call = Call(
-        owner=id(owner),
-        outer=outer,
-        rows=rows,
-        mask=find("attention_mask"),
-        position_ids=find("position_ids"),
-        packed=next((name for name in _PACKED if find(name) is not None), None),
-        encoder_hidden_states=find("encoder_hidden_states"),
-        encoder_attention_mask=find("encoder_attention_mask"),
-        task_ids=task_ids,
-    )
+    call = Call(owner=id(owner), outer=outer, rows=None if batched is None else batched.shape[0])
+    call.task_ids, call.routing, call.prompt_lengths = find("task_ids"), find("routing"), find("prompt_lengths")
+    call.mask = find("routing_mask")
+    mask = find("attention_mask")
+    if call.mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        call.mask = mask
+    if getattr(owner, "loss_type", None) == "ForCausalLM":
+        call.labels = find("labels")
+    _check_arguments(context, call, outer is None, find)
     if outer is not None:
-        call.balance = outer.balance
+        _inherit(call, outer)
+    if call.mask is None:
+        call.mask = mask
+    stack: Stack | None = getattr(owner, "_meo_stack", None)
+    if stack is not None and context.settings.level == "task":
+        call.task = _fixed_task(context, call)
+    elif stack is not None and batched is not None:
+        _open_stack(context, call, stack, find, batched, owner)
     context.current = call
 
 
-def close_call(context: RoutingContext, owner: nn.Module) -> None:
-    """Close the call that this stack opened, if it did."""
-    if context.current is not None and context.current.owner == id(owner):
-        context.current = context.current.outer
+def _inherit(call: Call, outer: Call) -> None:
+    """Take over from the enclosing call what a nested stack is not told."""
+    call.balance = outer.balance
+    call.routing = call.routing or outer.routing
+    call.prompt_lengths = outer.prompt_lengths if call.prompt_lengths is None else call.prompt_lengths
+    call.labels = outer.labels if call.labels is None else call.labels
+    if call.mask is None and call.rows == outer.rows:
+        call.mask = outer.mask
+    if call.task_ids is None and outer.task_ids is not None:
+        call.task_ids = outer.task_ids
+        if call.rows is not None and outer.rows and call.rows % outer.rows == 0:  # multiple choice: several rows each
+            call.task_ids = call.task_ids.repeat_interleave(call.rows // outer.rows)
+
+
+def _open_stack(
+    context: RoutingContext, call: Call, stack: Stack, find: Any, batched: Tensor, owner: nn.Module
+) -> None:
+    inference = not owner.training
+    cache = decoder_cache(find("past_key_values"))
+    if stack.reads == "encoder":
+        _open_partner(call, stack, find, cache, inference)
+        return
+    length = batched.shape[1]
+    if find("cache") is not None:
+        call.refused = "continuous batching packs requests into one row, and gates are per row: use `generate`"
+        return
+    if stack.reads == "rows":
+        call.refused, call.padding = _row_padding(call, find, batched)
+        return
+    call.padding = padding_mask(of_new_tokens(call.mask, cache, length), (batched.shape[0], length), batched.device)
+    position_ids = find("position_ids")
+    packed = next((name for name in _PACKED if find(name) is not None), None)
+    starts = document_starts(position_ids, call.padding, (batched.shape[0], length))
+    if packed is not None and position_ids is None:
+        raise RoutingError(refusal(packed))
+    if starts is not None and cache is None and _will_cache(find, owner):
+        raise RoutingError("packed rows need use_cache=False: with a KV cache their documents attend to each other")
+    call.causal = open_causal(
+        find("past_key_values"), stack.layers, stack.num_layers, (batched.shape[0], length), batched.device,
+        context.settings.segment_length, call.routing or context.routing, call.padding, starts,
+        call.prompt_lengths, call.labels, inference,
+    )  # fmt: skip
+
+
+def _will_cache(find: Any, owner: nn.Module) -> bool:
+    """Return whether a model is about to make a cache, beside which it does not see that rows are packed."""
+    use_cache = find("use_cache")
+    flash = "flash" in str(getattr(owner.config, "_attn_implementation", ""))  # which reads the positions itself
+    return not flash and bool(getattr(owner.config, "use_cache", False) if use_cache is None else use_cache)
+
+
+def _open_partner(call: Call, stack: Stack, find: Any, cache: Any, inference: bool) -> None:
+    """Open the call of a decoder whose gates read the encoder's output, or already did."""
+    if cache is not None:
+        if len(cache.layers) <= max(stack.layers) or not is_routed(cache.layers[stack.layers[0]]):
+            route_cache(cache, stack.num_layers)
+        call.cache = cache
+        call.still = inference and not torch.is_grad_enabled()
+        call.keeps = call.still and not torch.compiler.is_compiling()
+        if cache.layers[stack.layers[0]].routing.frozen:
+            return
+    states = find("encoder_hidden_states")
+    if states is None:
+        raise RoutingError(
+            "the gates of this decoder read the encoder's output, but `encoder_hidden_states` is missing: "
+            "use the full encoder-decoder model, or level 'task'"
+        )
+    mask = find("encoder_attention_mask")
+    call.encoder = masked_mean(
+        states, padding_mask(mask, tuple(states.shape[:2]), states.device, "encoder_attention_mask")
+    )
+
+
+def _row_padding(call: Call, find: Any, batched: Tensor) -> tuple[str | None, Tensor | None]:
+    """Return why a row cannot be pooled, or its padding mask."""
+    packed = next((name for name in _PACKED if find(name) is not None), None)
+    if packed is not None:
+        return refusal(packed), None
+    if batched.dim() > 3:  # an image
+        return None, None
+    shape = (batched.shape[0], batched.shape[1])
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, -shape[1] :]  # a prefix of past keys has no tokens here
+    mask = padding_mask(mask, shape, batched.device)
+    if document_starts(find("position_ids"), mask, shape) is not None:
+        return refusal("position_ids"), None
+    return None, mask
+
+
+def close_call(context: RoutingContext, owner: nn.Module, outputs: Any = None) -> None:
+    """Close the call that this module opened, if it did; its routing state goes to the cache in its outputs."""
+    call = context.current
+    if call is None or call.owner != id(owner):
+        return
+    context.current = call.outer
+    if call.causal is not None:
+        stack: Stack = owner._meo_stack  # type: ignore[assignment]
+        call.causal.finish(outputs, stack.layers, stack.num_layers)
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     open_call(module._meo_context, module, module._meo_arguments, args, kwargs)  # type: ignore[arg-type]
-    return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
+    return args, {name: value for name, value in kwargs.items() if name not in ROUTING_ARGUMENTS}
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    close_call(module._meo_context, module)  # type: ignore[arg-type]
+    close_call(module._meo_context, module, output)  # type: ignore[arg-type]
+
+
+ROUTING_ARGUMENTS = ("task_ids", "routing", "prompt_lengths", "routing_mask")
 
 
 def install_hooks(module: nn.Module, context: RoutingContext) -> None:
@@ -198,69 +310,47 @@ def install_hooks(module: nn.Module, context: RoutingContext) -> None:
     module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
 
 
-def _checked_task_ids(task_ids: Any, rows: int | None) -> Tensor:
+def _check_arguments(context: RoutingContext, call: Call, top: bool, find: Any) -> None:
+    level = context.settings.level
+    if call.task_ids is not None:
+        _check_task_ids(call.task_ids, call.rows, level, len(context.settings.tasks))
+    if call.routing is not None and call.routing not in ROUTINGS:
+        raise RoutingError(f"routing is {call.routing!r}; allowed: {', '.join(ROUTINGS)}")
+    idle = ("routing", "prompt_lengths") if level != "task" else ("routing", "prompt_lengths", "routing_mask")
+    if top and (level == "task" or not context.causal):
+        for name in idle:
+            if find(name) is not None:
+                raise RoutingError(f"`{name}` has no effect in this model, of level {level!r}: leave it out")
+    prompt = call.prompt_lengths
+    if prompt is None:
+        return
+    if not isinstance(prompt, Tensor) or prompt.dtype not in (torch.int32, torch.int64) or prompt.dim() != 1:
+        found = f"{prompt.dtype} {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise RoutingError(f"`prompt_lengths` is {found}; give a whole-number tensor [batch]: real tokens per prompt")
+    if call.rows is not None and prompt.shape[0] != call.rows:
+        raise RoutingError(f"`prompt_lengths` has {prompt.shape[0]} entries for {call.rows} rows; give one per row")
+
+
+def _check_task_ids(task_ids: Any, rows: int | None, level: str | None, num_tasks: int) -> None:
     if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int32, torch.int64) or task_ids.dim() != 1:
         found = f"{task_ids.dtype} {tuple(task_ids.shape)}" if isinstance(task_ids, Tensor) else type(task_ids).__name__
         raise RoutingError(f"`task_ids` is {found}; give a whole-number tensor [batch], one task index per row")
     if rows is not None and task_ids.shape[0] != rows:
         raise RoutingError(f"`task_ids` has {task_ids.shape[0]} entries for {rows} rows; give one per row")
-    return task_ids
+    if level != "task":
+        raise RoutingError(f"`task_ids` have no effect at level {level!r}: leave them out")
+    on_cpu = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
+    if on_cpu and not bool(((task_ids >= 0) & (task_ids < num_tasks)).all()):
+        raise RoutingError(f"`task_ids` are {task_ids.tolist()}, but the tasks are 0 to {num_tasks - 1}")
 
 
-class Gates(NamedTuple):
-    """Selected experts and their weights, per group: both [G, K]; weights are float32 and sum to one."""
-
-    top_k_index: Tensor
-    top_k_weights: Tensor
-
-
-class MeoRouter(nn.Module):
-    """Noisy top-k router: keep the K largest logits and take their softmax (Shazeer et al. 2017, arXiv 1701.06538).
-
-    Input is a pooled state [G, D], or task ids [G], for which column t of `weight` holds task t's logits.
-    """
-
-    def __init__(self, in_features: int, num_experts: int, top_k: int, noisy: bool) -> None:
-        super().__init__()
-        self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
-        self.noise_weight = nn.Parameter(torch.empty(num_experts, in_features)) if noisy else None
-
-    def forward(self, inputs: Tensor) -> tuple[Gates, Tensor]:
-        """Return the gates of each group and the unscaled balance loss of this router."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            clean = self._project(inputs, self.weight)  # [G, E]
-            logits, std = clean, None
-            if self.training and self.noise_weight is not None:
-                std = F.softplus(self._project(inputs, self.noise_weight)) + 1e-2
-                logits = clean + torch.randn_like(clean) * std
-            top_logits, index = logits.topk(min(self.top_k + 1, logits.shape[1]), dim=1)
-            gates = Gates(index[:, : self.top_k], top_logits[:, : self.top_k].softmax(1))
-            return gates, self._balance(gates, clean, logits, top_logits, std)
-
-    @staticmethod
-    def _project(inputs: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if inputs.is_floating_point():
-            return F.linear(inputs.to(wide), weight.to(wide))
-        return F.embedding(inputs.to(weight.device), weight.t()).to(wide)
-
-    def _balance(self, gates: Gates, clean: Tensor, logits: Tensor, top_logits: Tensor, std: Tensor | None) -> Tensor:
-        """CV squared of importance (summed gates) and of load (expected number of selections) per expert."""
-        dense = torch.zeros_like(clean).scatter(1, gates.top_k_index, gates.top_k_weights)
-        if std is None or self.top_k == clean.shape[1]:
-            load = (dense > 0).to(clean.dtype).sum(0)
-        else:
-            last_in, first_out = top_logits[:, self.top_k - 1, None], top_logits[:, self.top_k, None]
-            selected = logits > first_out
-            # an expert stays selected while its noisy logit beats the best logit outside of the other K
-            threshold = torch.where(selected, first_out, last_in)
-            load = torch.special.ndtr((clean - threshold) / std).sum(0)
-        return cv_squared(dense.sum(0)) + cv_squared(load)
-
-
-def cv_squared(x: Tensor) -> Tensor:
-    """Squared coefficient of variation of x [E], unbiased; zero for a single expert."""
-    if x.shape[0] == 1:
-        return x.new_zeros(())
-    return x.var() / (x.mean() ** 2 + 1e-10)
+def _fixed_task(context: RoutingContext, call: Call) -> int | None:
+    """Return the one task of a batch that carries no task ids."""
+    if call.task_ids is not None:
+        return None
+    if context.task is not None:
+        return context.task
+    tasks = len(context.settings.tasks)
+    if tasks == 1:
+        return 0
+    raise RoutingError(f"this model has {tasks} tasks: pass `task_ids` [batch], or call model.set_task(name) first")

@@ -349,22 +349,23 @@ def test_bad_input(case: Case, sound: Path, tmp_path: Path) -> None:
 
 
 def test_level_that_the_family_cannot_take(tmp_path: Path) -> None:
-    saved("llama", tmp_path / "src")
-    for level in ("sequence", "token"):
-        done = run_cli("convert", tmp_path / "src", tmp_path / "out", "--level", level)
-        assert done.code == 2
-        assert "causal decoder, whose gate may not read later tokens; allowed: task" in done.err
+    saved("bert", tmp_path / "src")
+    done = run_cli("convert", tmp_path / "src", tmp_path / "out", "--level", "segment")
+    assert done.code == 2
+    assert "'segment' is not possible for bert, which is an encoder; allowed: sequence, token, task" in done.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"level": "sentence"}, "unknown level 'sentence': give sequence, token or task"),
+        ({"level": "sentence"}, "unknown level 'sentence': give segment, sequence, token or task"),
         ({"expert_init": "clone"}, "give one of copy, noise, drop-upcycle"),
         ({"gate_scope": "layer"}, "gate_scope is 'layer'; allowed: ffn, projection"),
         ({"dtype": "int8"}, "give one of float32, bfloat16, float16"),
         ({"verify": "maybe"}, "give one of full, sample, none"),
+        ({"routing": "prompt"}, "--routing has no effect at level 'sequence' of bert"),
+        ({"segment_length": 8}, "--segment-length has no effect at level 'sequence' of bert"),
         ({"num_experts": 2.5}, "give a whole number >= 1"),
         ({"num_experts": True}, "give a whole number >= 1"),
     ],

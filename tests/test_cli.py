@@ -21,7 +21,7 @@ from transformers import BertModel, MixtralConfig
 from meo_hf import __version__, cli, convert, inspect
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo")
+COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def words(text: str) -> str:
 def test_help_is_frozen() -> None:
     """Regenerate with MEO_UPDATE_GOLDEN=1, and look at the difference."""
     pages = []
-    for command in ((), *((name,) for name in COMMANDS)):
+    for command in ((), *((name,) for name in COMMANDS), ("bench", "decode")):
         done = run_cli(*command, "--help")
         assert done.code == 0
         pages.append(f"$ meo-hf {' '.join((*command, '--help'))}\n{done.out.strip()}\n")
@@ -55,7 +55,10 @@ def test_help_is_frozen() -> None:
     ("arguments", "message"),
     [
         (("convert", "a", "b", "--bogus"), "No such option: --bogus"),
-        (("convert", "a", "b", "--level", "sentence"), "'sentence' is not one of 'sequence', 'token', 'task'"),
+        (
+            ("convert", "a", "b", "--level", "sentence"),
+            "'sentence' is not one of 'segment', 'sequence', 'token', 'task'",
+        ),
         (("convert", "a", "b", "--num-experts", "many"), "Invalid value for '--num-experts'"),
         (("convert", "a"), "OUT"),
         (("konvert",), "konvert"),
@@ -96,12 +99,14 @@ def test_console_script_ends_with_the_exit_code(tmp_path: Path) -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "dense")
     before = listing(tmp_path)
-    options = ("--num-experts", "3", "--layers", "odd", "--task", "a", "--task", "b")
+    options = ("--num-experts", "3", "--layers", "odd", "--level", "task", "--task", "a", "--task", "b")
     done = run_cli("convert", source, tmp_path / "deep/meo", *options, "--dry-run")
     assert done.code == 0
     assert not done.err
     assert listing(tmp_path) == before
-    report = convert(source, tmp_path / "meo", num_experts=3, layers="odd", tasks=["a", "b"], verify="none")
+    report = convert(
+        source, tmp_path / "meo", num_experts=3, layers="odd", level="task", tasks=["a", "b"], verify="none"
+    )
     per_layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
     dense = 2 * (2 * per_layer + 99 * 32)
     merged = 2 * 3 * 48 * 32 // 128
@@ -197,7 +202,7 @@ def test_families_lists_every_row_and_what_is_refused() -> None:
 
 def test_verify_and_extract_commands(tmp_path: Path) -> None:
     source = saved("gpt2", tmp_path / "dense")
-    convert(source, tmp_path / "meo", num_experts=2, verify="none", tasks=["sst2"])
+    convert(source, tmp_path / "meo", num_experts=2, verify="none", level="task", tasks=["sst2"])
     done = run_cli("verify", tmp_path / "meo", "--mode", "none")
     assert done.code == 0
     assert "files have the recorded sha256" in words(done.out)

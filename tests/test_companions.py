@@ -131,7 +131,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         report = convert(source, folder / family / "meo", num_experts=2, verify="none")
         assert not report.warnings, report.warnings
         if family in ("gpt2", "llama"):
-            extract(folder / family / "meo", folder / family / "extracted")
+            convert(source, folder / family / "tasks", num_experts=2, level="task", verify="none")
+            extract(folder / family / "tasks", folder / family / "extracted")
     source = saved("vit", folder / "vit/dense", id2label={0: "cat", 1: "dog"})
     ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(source)
     report = convert(source, folder / "vit/meo", num_experts=2, verify="none")

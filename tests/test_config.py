@@ -13,10 +13,10 @@ import transformers
 from contracts import TASKS, Case, assert_close, logits_of
 from fresh import Fresh, Values
 from meo_hf.modeling import configuration_meo, modeling_meo
+from meo_hf.modeling.blocks_meo import describe_unknown
 from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, MeoSettings, check_level, meo_config_class, settings_of
 from meo_hf.modeling.errors_meo import MeoConfigError
 from meo_hf.modeling.families_meo import FAMILIES, LEVELS
-from meo_hf.modeling.feedforward_meo import describe_unknown
 from meo_hf.modeling.remote_meo import code_files, heads_of
 from safetensors.torch import load_file, save_file
 from tiny import draw_experts, main_class, meo_config, meo_of, merged_of, tiny_config, tiny_dense
@@ -24,7 +24,10 @@ from tiny import draw_experts, main_class, meo_config, meo_of, merged_of, tiny_c
 HEADS = sorted((family, name) for family in FAMILIES for name in set(heads_of(family).values()))
 FILES = {path.name for path in code_files()}
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"level": "segment"}, "level is 'segment'; allowed: None, sequence, token, task"),
+    ({"level": "layer"}, "level is 'layer'; allowed: None, segment, sequence, token, task"),
+    ({"routing": "frozen"}, "routing is 'frozen'; allowed: None, segment, prompt"),
+    ({"segment_length": 0}, "segment_length is 0; give a whole number >= 1"),
+    ({"merged_cache_bytes": -1}, "merged_cache_bytes is -1; give a whole number >= 0"),
     ({"num_experts": 0}, "num_experts is 0; give a whole number >= 1"),
     ({"num_experts": 2.5}, "num_experts is 2.5; give a whole number"),
     ({"num_experts": True}, "num_experts is True; give a whole number"),
@@ -84,20 +87,26 @@ def test_levels_of_a_family(family: str) -> None:
     config = meo_config(tiny_config(family))
     kind = FAMILIES[family].kind
     assert settings_of(config).level == FAMILIES[family].default_level
-    for level in ("sequence", "token", "task"):
+    for level in LEVELS["decoder"]:
         if level in LEVELS[kind]:
             check_level(config, level)
         else:
-            with pytest.raises(MeoConfigError, match=rf"level '{level}' is not possible for {family}.*allowed: task"):
+            allowed = "allowed: sequence, token, task"
+            with pytest.raises(MeoConfigError, match=rf"level '{level}' is not possible for {family}.*{allowed}"):
                 modeling_meo.meo_model_class(main_class(family))(meo_config(tiny_config(family), level=level))
 
 
-def test_bert_as_a_causal_decoder_takes_tasks_only() -> None:
-    stock = transformers.BertLMHeadModel
-    model_class = modeling_meo.meo_model_class(stock)
-    with pytest.raises(MeoConfigError, match="may not read later tokens; allowed: task"):
-        model_class(meo_config(tiny_config("bert", is_decoder=True), level="sequence"))
-    model_class(meo_config(tiny_config("bert", is_decoder=True), level="task"))
+def test_bert_as_a_causal_decoder_has_the_levels_of_one() -> None:
+    config = meo_config(tiny_config("bert", is_decoder=True))
+    assert settings_of(config).level == "segment"
+    for level in LEVELS["decoder"]:
+        check_level(config, level)
+
+
+@pytest.mark.parametrize(("family", "level"), [("bert", "sequence"), ("t5", "sequence"), ("llama", "task")])
+def test_routing_without_effect_is_refused(family: str, level: str) -> None:
+    with pytest.raises(MeoConfigError, match=rf"no effect at level '{level}' of {family}"):
+        settings_of(meo_config(tiny_config(family), level=level, routing="segment"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

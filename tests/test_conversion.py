@@ -253,13 +253,17 @@ def test_weights_only_in_gguf(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     (tmp_path / "gguf").mkdir()
     stock = write_gguf(gguf, tmp_path / "gguf/tiny.gguf")
-    report = convert(tmp_path / "gguf/tiny.gguf", tmp_path / "meo", num_experts=2, verify="none", tasks=["a", "b"])
+    report = convert(
+        tmp_path / "gguf/tiny.gguf", tmp_path / "meo", num_experts=2, verify="none", level="task", tasks=["a", "b"]
+    )
     assert report.source["format"] == "gguf"
     assert "not carried over" not in "".join(report.warnings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "meo")
     model.set_task("b")
     assert_same_logits(model, stock, "llama")
-    by_folder = convert(tmp_path / "gguf", tmp_path / "meo2", num_experts=2, verify="none", tasks=["a", "b"])
+    by_folder = convert(
+        tmp_path / "gguf", tmp_path / "meo2", num_experts=2, verify="none", level="task", tasks=["a", "b"]
+    )
     assert by_folder.files == report.files
 
 

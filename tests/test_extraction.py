@@ -36,7 +36,14 @@ NAMES = [f"{family}-{'-'.join(map(str, options.values()))}" for family, options 
 def converted(family: str, folder: Path, **options: Any) -> Path:
     """Convert to experts that differ, with routers that choose others for each task."""
     source = saved(family, folder / "dense")
-    options = {"tasks": TASKS, "expert_init": "drop-upcycle", "num_experts": 4, "verify": "none", **options}
+    options = {
+        "level": "task",
+        "tasks": TASKS,
+        "expert_init": "drop-upcycle",
+        "num_experts": 4,
+        "verify": "none",
+        **options,
+    }
     convert(source, folder / "meo", **options)
     stored, generator = load_file(folder / "meo/model.safetensors"), torch.Generator().manual_seed(5)
     for name in sorted(n for n in stored if ".router." in n and not n.endswith("noise_weight")):
@@ -111,7 +118,7 @@ def test_extracted_files_are_those_of_the_source(outcomes: Values, folder: Path,
 
 def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
     """Float32 sums of the selected experts, then one cast, for the task that was asked for."""
-    meo = converted("llama", tmp_path, dtype="bfloat16", tasks=TASKS)
+    meo = converted("llama", tmp_path, dtype="bfloat16", level="task", tasks=TASKS)
     stored = tensors(meo)
     slot = "model.layers.1.mlp"
     for task, name in enumerate(TASKS):
@@ -142,7 +149,9 @@ def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
 )
 def test_layers(layers: str, chosen: list[int], tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "dense", num_hidden_layers=4)
-    report = convert(source, tmp_path / "meo", num_experts=3, layers=layers, expert_init="noise", verify="none")
+    report = convert(
+        source, tmp_path / "meo", num_experts=3, layers=layers, expert_init="noise", level="task", verify="none"
+    )
     assert report.layers == chosen
     names = tensors(tmp_path / "meo").keys()
     for layer in range(4):
@@ -167,14 +176,14 @@ def test_layers_of_an_encoder_decoder_count_in_each_stack(tmp_path: Path) -> Non
 
 
 def test_single_task_needs_no_name(tmp_path: Path) -> None:
-    convert(saved("gpt2", tmp_path / "dense"), tmp_path / "meo", num_experts=2, verify="none")
+    convert(saved("gpt2", tmp_path / "dense"), tmp_path / "meo", num_experts=2, level="task", verify="none")
     assert extract(tmp_path / "meo", tmp_path / "extracted") == tmp_path / "extracted"
     assert json.loads((tmp_path / "meo/config.json").read_text())["meo"]["tasks"] == ["default"]
 
 
 def test_sharded_model_is_extracted_alike(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "dense")
-    options = {"num_experts": 3, "expert_init": "noise", "verify": "none"}
+    options = {"num_experts": 3, "expert_init": "noise", "level": "task", "verify": "none"}
     convert(source, tmp_path / "one", **options)
     convert(source, tmp_path / "many", max_shard_size="30KB", **options)
     for name in ("one", "many"):

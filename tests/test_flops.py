@@ -104,7 +104,7 @@ def test_meo_costs_dense_plus_router_plus_one_merge_per_row(top_k: int):
 
 
 def test_one_merge_serves_the_batch_at_level_task():
-    merges = count_flops(tiny("llama", top_k=2), tiny_inputs("llama", rows=ROWS)).merges
+    merges = count_flops(tiny("llama", top_k=2, level="task"), tiny_inputs("llama", rows=ROWS)).merges
     assert sum(numel for _, numel in merges) == 3 * HIDDEN * INTERMEDIATE * LAYERS
 
 

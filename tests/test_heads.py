@@ -108,6 +108,6 @@ def test_head_converts_and_computes_what_it_did(outcomes: Values, name: str) -> 
 def test_decoder_classifier_is_checked_like_any_other(tmp_path: Path) -> None:
     """The whole tool, with its own check, on a head that builds its base model through `AutoModel`."""
     tiny_dense("qwen3", transformers.Qwen3ForSequenceClassification).save_pretrained(tmp_path / "dense")
-    report = convert(tmp_path / "dense", tmp_path / "meo", num_experts=3, tasks=["a", "b"])
+    report = convert(tmp_path / "dense", tmp_path / "meo", num_experts=3, level="task", tasks=["a", "b"])
     assert report.passed
     assert report.verification == "full"

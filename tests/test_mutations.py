@@ -9,13 +9,25 @@ import contracts
 import pytest
 import torch
 from contracts import Case
-from meo_hf.modeling import families_meo, feedforward_meo, merging_meo, routing_meo
-from meo_hf.modeling.feedforward_meo import Block, MeoFeedForward, MergedExperts, TokenAdapter
-from meo_hf.modeling.routing_meo import Call, Gates, MeoRouter
+from meo_hf.modeling import (
+    causal_meo,
+    families_meo,
+    feedforward_meo,
+    groups_meo,
+    merging_meo,
+    modeling_meo,
+    routing_meo,
+)
+from meo_hf.modeling.blocks_meo import Block
+from meo_hf.modeling.feedforward_meo import MeoFeedForward, MergedExperts, TokenAdapter
+from meo_hf.modeling.groups_meo import Groups, TaskGroups
+from meo_hf.modeling.router_meo import Gates, MeoRouter
+from meo_hf.modeling.segments_meo import Layout, Pool
 from torch import Tensor
 
 BERT, BART = Case("bert", "sequence"), Case("bart", "sequence")
-LLAMA = Case("llama", "task", overrides=(("mlp_bias", True),))
+LLAMA = Case("llama", "segment", overrides=(("mlp_bias", True),))
+PROMPTED = Case("llama", "sequence")
 ALL = (BERT, BART, LLAMA)
 TASKS = tuple(Case(case.family, "task", overrides=case.overrides) for case in ALL)
 Patch = pytest.MonkeyPatch
@@ -27,6 +39,11 @@ def padded(case: Case) -> None:
     contracts.padding_changes_nothing(case, "right")
 
 
+def padded_on_the_left(case: Case) -> None:
+    """Run the padding contract on the left."""
+    contracts.padding_changes_nothing(case, "left")
+
+
 def constant_gate(patch: Patch) -> None:
     def forward(self: MeoRouter, inputs: Tensor) -> tuple[Gates, Tensor]:
         index = torch.arange(self.top_k).expand(len(inputs), -1)
@@ -36,28 +53,32 @@ def constant_gate(patch: Patch) -> None:
 
 
 def all_ones_mask(patch: Patch) -> None:
-    patch.setattr(routing_meo, "_two_dimensional", lambda mask, x, name: None)
-    patch.setattr(routing_meo, "_refuse_restarts", lambda position_ids, mask: None)
+    patch.setattr(routing_meo, "padding_mask", lambda *_: None)
+    patch.setattr(routing_meo, "document_starts", lambda *_: None)
 
 
 def mask_of_the_encoder_forgotten_by_the_decoder(patch: Patch) -> None:
-    original = routing_meo._two_dimensional
+    original = routing_meo.padding_mask
 
-    def forget(mask: Any, x: Tensor, name: str) -> Tensor | None:
-        return None if name == "encoder_attention_mask" else original(mask, x, name)
+    def forget(mask: Any, shape: Any, device: Any, name: str = "") -> Tensor | None:
+        return None if name == "encoder_attention_mask" else original(mask, shape, device, name)
 
-    patch.setattr(routing_meo, "_two_dimensional", forget)
+    patch.setattr(routing_meo, "padding_mask", forget)
 
 
 def mean_over_other_rows(patch: Patch) -> None:
-    original = routing_meo.masked_mean
-    patch.setattr(
-        routing_meo, "masked_mean", lambda x, mask: original(x, mask).mean(0, keepdim=True).expand(len(x), -1)
-    )
+    original = groups_meo.masked_mean
+    for module in (groups_meo, routing_meo):
+        patch.setattr(module, "masked_mean", lambda x, mask: original(x, mask).mean(0, keepdim=True).expand(len(x), -1))
 
 
 def ignored_task_ids(patch: Patch) -> None:
-    patch.setattr(routing_meo, "_checked_task_ids", lambda task_ids, rows: torch.zeros_like(task_ids))
+    original = TaskGroups.read
+
+    def read(self: TaskGroups, name: str, cells: Tensor) -> Tensor:
+        return torch.zeros_like(original(self, name, cells))
+
+    patch.setattr(TaskGroups, "read", read)
 
 
 def dropped_bias(patch: Patch) -> None:
@@ -104,8 +125,61 @@ def decoder_reads_its_own_tokens(patch: Patch) -> None:
     patch.setattr(MeoFeedForward, "__init__", init)
 
 
-def causal_stack_pools_its_sequence(patch: Patch) -> None:
-    patch.setitem(families_meo.LEVELS, "decoder", ("task", "sequence"))
+def published_rule_in_a_decoder(patch: Patch) -> None:
+    """Gate a causal stack by the mean of the whole sequence, as the code of the MEO paper does."""
+    patch.setattr(modeling_meo, "is_causal", lambda config: False)
+
+
+def advance_with(patch: Patch, change: Callable[[Tensor, Layout, Tensor], Tensor]) -> None:
+    """Change what the gates of segments read, given it, the layout and the cells [B, G, W, D]."""
+    original = groups_meo.advance
+
+    def advance(pool: Pool, layout: Layout, cells: Tensor) -> tuple[Tensor, Pool]:
+        inputs, after = original(pool, layout, cells)
+        shape = (layout.rows, layout.groups)
+        changed = change(inputs.reshape(*shape, -1), layout, cells.reshape(*shape, layout.width, -1).to(inputs.dtype))
+        return changed.reshape(inputs.shape), after
+
+    patch.setattr(groups_meo, "advance", advance)
+
+
+def segments_read_themselves(patch: Patch) -> None:
+    advance_with(patch, lambda inputs, layout, cells: cells.mean(2))
+
+
+def first_segment_reads_itself(patch: Patch) -> None:
+    """As Lory does."""
+    advance_with(patch, lambda inputs, layout, cells: torch.cat([cells[:, :1].mean(2), inputs[:, 1:]], 1))
+
+
+def segments_read_two_back(patch: Patch) -> None:
+    advance_with(patch, lambda inputs, layout, cells: torch.cat([inputs[:, :1], inputs[:, :-1]], 1))
+
+
+def segments_of_other_rows(patch: Patch) -> None:
+    advance_with(patch, lambda inputs, layout, cells: inputs.mean(0, keepdim=True).expand_as(inputs))
+
+
+def padding_takes_places(patch: Patch) -> None:
+    original = causal_meo.lay_out
+    patch.setattr(
+        causal_meo, "lay_out", lambda count, length, segment, mask, **o: original(count, length, segment, **o)
+    )
+
+
+def prompt_that_never_ends(patch: Patch) -> None:
+    patch.setattr(causal_meo, "_within", lambda *_: (None, False))
+
+
+def answer_reads_beyond_its_prompt(patch: Patch) -> None:
+    advance_with(
+        patch,
+        lambda inputs, layout, cells: (
+            inputs
+            if layout.answer is None
+            else torch.where(layout.answer[..., None], cells.mean((1, 2))[:, None], inputs)
+        ),
+    )
 
 
 def gates_that_do_not_sum_to_one(patch: Patch) -> None:
@@ -163,7 +237,7 @@ def noise_in_evaluation(patch: Patch) -> None:
 
 
 def gate_reads_the_first_token_only(patch: Patch) -> None:
-    patch.setattr(Call, "mean", lambda self, x: x[:, 0])
+    patch.setattr(Groups, "read", lambda self, name, cells: cells[:, 0])
 
 
 MUTATIONS: list[tuple[Callable[[Patch], None], Contract, tuple[Case, ...]]] = [
@@ -181,7 +255,15 @@ MUTATIONS: list[tuple[Callable[[Patch], None], Contract, tuple[Case, ...]]] = [
     (layer_passes_through, contracts.identical_experts_are_dense, ALL),
     (layer_passes_through, contracts.every_layer_is_merged, ALL),
     (decoder_reads_its_own_tokens, contracts.later_tokens_change_nothing, (BART,)),
-    (causal_stack_pools_its_sequence, contracts.later_tokens_change_nothing, (Case("llama", "sequence"),)),
+    (published_rule_in_a_decoder, contracts.later_tokens_change_nothing, (LLAMA,)),
+    (published_rule_in_a_decoder, contracts.merged_feed_forward_is_reference, (LLAMA,)),
+    (segments_read_themselves, contracts.later_tokens_change_nothing, (LLAMA, PROMPTED)),
+    (first_segment_reads_itself, contracts.merged_feed_forward_is_reference, (LLAMA, PROMPTED)),
+    (segments_read_two_back, contracts.merged_feed_forward_is_reference, (LLAMA, PROMPTED)),
+    (segments_of_other_rows, contracts.rows_do_not_meet, (LLAMA, PROMPTED)),
+    (padding_takes_places, padded_on_the_left, (LLAMA, PROMPTED)),
+    (prompt_that_never_ends, contracts.merged_feed_forward_is_reference, (PROMPTED,)),
+    (answer_reads_beyond_its_prompt, contracts.later_tokens_change_nothing, (PROMPTED,)),
     (gates_that_do_not_sum_to_one, contracts.identical_experts_are_dense, ALL),
     (gates_that_do_not_sum_to_one, contracts.one_expert_is_dense, ALL),
     (weights_in_the_wrong_order, contracts.merged_feed_forward_is_reference, ALL),
@@ -204,8 +286,7 @@ EACH = [
 def test_mutation_breaks_its_contract(
     mutate: Callable[[Patch], None], contract: Contract, case: Case, monkeypatch: Patch
 ) -> None:
-    if mutate is not causal_stack_pools_its_sequence:  # whose case does not exist without it
-        contract(case)
+    contract(case)
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
         contract(case)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from meo_hf.modeling.configuration_meo import meo_config_class
+from meo_hf.modeling.groups_meo import masked_mean
 from meo_hf.modeling.merging_meo import combine_outputs, grouped_linear, merge_experts
 from meo_hf.modeling.modeling_meo import meo_model_class
-from meo_hf.modeling.routing_meo import masked_mean
 from tiny import draw_experts, main_class, tiny_config, tiny_inputs
 
 from meo_hf.benchmark.moe import whole_experts
 from meo_hf.conversion.plan import parse_layers
 from meo_hf.conversion.safetensors_files import ShardWriter, TensorSpec, raw_bytes, read_header
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
-
-settings.register_profile("ci", max_examples=15, derandomize=True, deadline=None)
-settings.register_profile("long", max_examples=1000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 seeds = st.integers(0, 2**31)
 

@@ -295,7 +295,7 @@ def test_public_repository_is_not_taken_for_a_private_one(
 def test_extract_and_verify_by_name(hub: HubServer, client: Client, folder: Path) -> None:
     dense = saved("gpt2", folder / "gpt2")
     client.python(UPLOAD, repo="tester/gpt2", folder=dense, private=False, tag="")
-    push = ("--push-to-hub", "tester/tasks", "--task", "a", "--task", "b", *QUICK)
+    push = ("--push-to-hub", "tester/tasks", "--level", "task", "--task", "a", "--task", "b", *QUICK)
     assert client.cli("convert", "tester/gpt2", folder / "tasks", *push).code == 0
     done = client.cli("extract", "tester/tasks", folder / "task-b", "--task", "b")
     assert done.code == 0, done.err

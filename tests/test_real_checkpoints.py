@@ -105,7 +105,7 @@ print(json.dumps({
 
 def test_smollm2(tmp_path: Path) -> None:
     source, output = smollm2(), tmp_path / "out"
-    report = convert(source, output, num_experts=2, tasks=("law", "code"), verify="none")
+    report = convert(source, output, num_experts=2, level="task", tasks=("law", "code"), verify="none")
     assert report.meo["level"] == "task"
     extracted = extract(output, tmp_path / "dense", task="code")
     seen = _fresh(_SMOLLM2, source.parent, source.name, output, extracted)

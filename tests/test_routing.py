@@ -11,12 +11,13 @@ import contracts
 import pytest
 import torch
 import transformers
-from contracts import Case, assert_close, cv_squared, logits_of, without_task
+from contracts import Case, assert_close, cv_squared, logits_of, stock_inputs
 from meo_hf.modeling.errors_meo import MeoConfigError, RoutingContextError, RoutingError
 from meo_hf.modeling.families_meo import FAMILIES
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.remote_meo import heads_of
-from meo_hf.modeling.routing_meo import Call, MeoRouter
+from meo_hf.modeling.router_meo import MeoRouter
+from meo_hf.modeling.routing_meo import Call
 from tiny import draw_experts, meo_of, merged_of, tiny_dense, tiny_inputs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,13 +34,15 @@ def every(some: list[Case]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.parametrize(("family", "head"), HEADS, ids=[head for _, head in HEADS])
-def test_forward_has_the_signature_of_the_stock_class_and_task_ids(family: str, head: str) -> None:
+def test_forward_has_the_signature_of_the_stock_class_and_what_gates_take(family: str, head: str) -> None:
     stock = getattr(transformers, head)
     expected = dict(inspect.signature(stock.forward).parameters)
     found = dict(inspect.signature(meo_model_class(stock).forward).parameters)
-    added = found.pop("task_ids")
-    assert added.kind is inspect.Parameter.KEYWORD_ONLY
-    assert added.default is None
+    causal = FAMILIES[family].kind != "encoder-decoder" and "past_key_values" in expected
+    for name in ("task_ids", "routing_mask", *(("routing", "prompt_lengths") if causal else ())):
+        added = found.pop(name)
+        assert added.kind is inspect.Parameter.KEYWORD_ONLY
+        assert added.default is None
     assert list(found.items()) == list(expected.items())
 
 
@@ -137,7 +140,7 @@ def test_tasks_need_no_sequences(changed: dict[str, Tensor], advice: str) -> Non
     dense = Case("bert", "task").dense()
     model = meo_of(dense, level="task", tasks=contracts.TASKS)
     inputs = {**inputs, **changed}
-    assert_close(logits_of(model, inputs), logits_of(dense, without_task(inputs)))
+    assert_close(logits_of(model, inputs), logits_of(dense, stock_inputs(inputs)))
 
 
 def test_positions_may_restart_in_the_padding() -> None:
@@ -204,7 +207,7 @@ def test_exception_leaves_no_call_behind(family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "t5", "llama"])
 def test_missing_task_is_refused(family: str) -> None:
     case = Case(family, "task")
-    model, inputs = case.drawn(), without_task(case.inputs())
+    model, inputs = case.drawn(), stock_inputs(case.inputs())
     with pytest.raises(RoutingError, match=r"3 tasks: pass `task_ids`.*set_task"):
         model(**inputs)
     assert logits_of(case.drawn(tasks=["only"]), inputs).isfinite().all()
@@ -232,7 +235,7 @@ def test_bad_task_ids_are_refused(family: str, task_ids: Any) -> None:
 def test_task_ids_out_of_range_or_without_effect_are_refused() -> None:
     case = Case("bert", "task")
     with pytest.raises(RoutingError, match="tasks are 0 to 2"):
-        case.drawn()(**{**without_task(case.inputs()), "task_ids": torch.tensor([0, 1, 3])})
+        case.drawn()(**{**stock_inputs(case.inputs()), "task_ids": torch.tensor([0, 1, 3])})
     case = Case("bert", "sequence")
     with pytest.raises(RoutingError, match="no effect at level 'sequence'"):
         case.drawn()(**{**case.inputs(), "task_ids": torch.tensor([0, 1, 2])})
@@ -240,7 +243,7 @@ def test_task_ids_out_of_range_or_without_effect_are_refused() -> None:
 
 def test_set_task_is_checked_and_undone() -> None:
     case = Case("bert", "task")
-    model, inputs = case.drawn(default_task="b"), without_task(case.inputs())
+    model, inputs = case.drawn(default_task="b"), stock_inputs(case.inputs())
     expected = logits_of(model, inputs)
     with pytest.raises(MeoConfigError, match=r"unknown task 'z'.*a, b, c"):
         model.set_task("z")
@@ -264,7 +267,9 @@ def test_every_choice_of_a_row_has_its_task(family: str, head: str) -> None:
 
 
 GENERATING = [Case(family, level) for family in ("t5", "bart") for level in ("sequence", "token", "task")]
-GENERATING += [Case(family, "task") for family in ("llama", "gpt2", "opt", "gemma2")]
+GENERATING += [
+    Case(f, level) for f in ("llama", "gpt2", "opt", "gemma2") for level in ("segment", "sequence", "token", "task")
+]
 
 
 @every(GENERATING)

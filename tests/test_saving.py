@@ -96,8 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fresh = Fresh(train_a_step)
     for family, auto in AUTOS.items():
         source = saved(family, folder / family / "dense")
-        tasks = TASKS if family == "llama" else ()
-        convert(source, folder / family / "meo", num_experts=4, expert_init="noise", tasks=tasks, verify="none")
+        tasks = {"level": "task", "tasks": TASKS} if family == "llama" else {}
+        convert(source, folder / family / "meo", num_experts=4, expert_init="noise", verify="none", **tasks)
         model = auto.from_pretrained(folder / family / "meo")
         ids = {"task_ids": torch.arange(3) % len(TASKS)} if tasks else {}
         batch = expected_file(folder / f"{family}.safetensors", model, family, **ids)

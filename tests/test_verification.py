@@ -40,8 +40,13 @@ LAYERS = "each layer equals its definition"
         ),
         (
             "gpt2",
-            {"expert_init": "noise", "tasks": ["a", "b"], "dtype": "bfloat16"},
+            {"expert_init": "noise", "level": "task", "tasks": ["a", "b"], "dtype": "bfloat16"},
             ["logits with only expert 0", "logits with only expert 2"],
+        ),
+        (
+            "llama",
+            {"level": "sequence", "segment_length": 5},
+            ["logits equal the source's, gates as saved", "logits equal the source's, gates spread"],
         ),
     ],
 )
@@ -186,7 +191,7 @@ def test_verify_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from another folder than the one the conversion was started in."""
     saved("llama", tmp_path / "dense")
     monkeypatch.chdir(tmp_path)
-    convert("dense", "meo", num_experts=2, verify="none", dtype="bfloat16", layers="odd", tasks=["a"])
+    convert("dense", "meo", num_experts=2, verify="none", dtype="bfloat16", layers="odd", level="task", tasks=["a"])
     monkeypatch.chdir("/")
     report = verify_output(tmp_path / "meo", "full")
     assert report.passed

@@ -14,7 +14,7 @@ from meo_hf.modeling.families_meo import FAMILIES, Family
 from meo_hf.modeling.feedforward_meo import MeoFeedForward
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.remote_meo import heads_of
-from meo_hf.modeling.routing_meo import Gates, MeoRouter
+from meo_hf.modeling.router_meo import Gates, MeoRouter
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from meo_hf.cli_bench import bench
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -38,9 +40,17 @@ OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 class Level(str, Enum):
     """Who shares a gate."""
 
+    segment = "segment"
     sequence = "sequence"
     token = "token"
     task = "task"
+
+
+class Routing(str, Enum):
+    """When a decoder's gates change."""
+
+    segment = "segment"
+    prompt = "prompt"
 
 
 class GateScope(str, Enum):
@@ -101,7 +111,17 @@ def convert_command(
     num_experts: Annotated[int | None, typer.Option(help="Experts per feed-forward.  [default: 8]")] = None,
     top_k: Annotated[int, typer.Option(help="Experts that are merged for each gate.")] = 2,
     level: Annotated[
-        Level | None, typer.Option(help="Who shares a gate.  [default: sequence; task for decoder-only models]")
+        Level | None, typer.Option(help="Who shares a gate.  [default: sequence; segment for decoder-only models]")
+    ] = None,
+    segment_length: Annotated[
+        int | None, typer.Option(help="Tokens per segment of a decoder-only model.  [default: 256]")
+    ] = None,
+    routing: Annotated[
+        Routing | None,
+        typer.Option(
+            help="Gates of a decoder-only model: frozen at the end of the prompt, or refreshed with each segment.  "
+            "[default: segment at level segment, else prompt]"
+        ),
     ] = None,
     expert_init: Annotated[ExpertInit, typer.Option(help="How experts are born from SRC.")] = ExpertInit.copy,
     layers: Annotated[str, typer.Option(help="Layers to convert: all, even, odd, last:N or i,j,...")] = "all",
@@ -144,6 +164,8 @@ def convert_command(
             num_experts=num_experts,
             top_k=top_k,
             level=_value(level),
+            segment_length=segment_length,
+            routing=_value(routing),
             expert_init=expert_init.value,
             layers=layers,
             gate_scope=gate_scope.value,

@@ -52,4 +52,4 @@ class HubError(MeoError, ConnectionError):
 
 
 class CheckFailedError(MeoError, AssertionError):
-    """The conversion was written, but a check of it failed."""
+    """A check failed: of a conversion that was written, or of what a benchmark was about to time."""

@@ -40,7 +40,7 @@ def report_table(report: ConversionReport) -> Table:
         "layers": ", ".join(map(str, report.layers)),
         "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
         "FLOPs per token": f"{report.flops_dense:,} -> {report.flops_meo:,} "
-        f"(linear maps; {report.tokens_per_sequence} tokens per sequence; merge charged as top_k * weights)",
+        f"(linear maps; {report.tokens_per_merge} tokens per merged expert; merge charged as top_k * weights)",
         "tensors": f"{report.tensors['copied']} copied, {report.tensors['expert_stacks']} expert stacks, "
         f"{report.tensors['new']} new (routers{', token blocks' if meo['level'] == 'token' else ''})",
     }

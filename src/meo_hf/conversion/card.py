@@ -103,7 +103,7 @@ def _text(report: ConversionReport, license_: str | None) -> str:
         "Converted layers": ", ".join(map(str, report.layers)),
         "Parameters": f"{report.parameters_after:,} (dense: {report.parameters_before:,})",
         "FLOPs per token": f"{report.flops_meo:,} = {ratio:.4f} x dense, linear maps, "
-        f"{report.tokens_per_sequence} tokens per sequence, a merge charged as top_k * weights",
+        f"{report.tokens_per_merge} tokens per merged expert, a merge charged as top_k * weights",
         "Licence": license_ or "none stated by the source",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -160,6 +160,7 @@ def _birth(report: ConversionReport) -> str:
 
 
 _LEVEL_TEXT = {
+    "segment": "one merged expert per segment, gated by the segment before",
     "sequence": "one merged expert per input sequence",
     "token": "one merged expert per input sequence, and a bottleneck per token",
     "task": "one merged expert per task",

@@ -46,6 +46,8 @@ def convert(
     num_experts: int | None = None,
     top_k: int = 2,
     level: str | None = None,
+    segment_length: int | None = None,
+    routing: str | None = None,
     expert_init: str = "copy",
     layers: str = "all",
     gate_scope: str = "ffn",
@@ -72,7 +74,9 @@ def convert(
 
     `source` is a Hub id, a folder or a GGUF file; `experts` are checkpoints of the same family that each become
     one expert (8 copies of the source's own feed-forwards if none are given). `level` defaults to `sequence`, for
-    decoder-only models to `task`. `verify` is `full`, `sample` (also taken where both models do not fit in memory)
+    decoder-only models to `segment`; there `segment_length` is the number of tokens per segment (256 if not given)
+    and `routing` freezes the gates at the end of the prompt (`prompt`, the default of level `sequence`) or refreshes
+    them with each segment (`segment`). `verify` is `full`, `sample` (also taken where both models do not fit in memory)
     or `none`. Nothing is written in a `dry_run`.
 
     Raises the errors of `meo_hf.errors`: UsageError, SourceError, UnsupportedError, OutputError and others before
@@ -89,6 +93,8 @@ def convert(
         num_experts=num_experts,
         top_k=top_k,
         level=level,
+        segment_length=segment_length,
+        routing=routing,
         gate_scope=gate_scope,
         expert_init=expert_init,
         layers=layers,

@@ -21,12 +21,12 @@ from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, r
 from meo_hf.conversion.source import Source, index_tensors, meta_model
 from meo_hf.conversion.write import write_tensors
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
+from meo_hf.modeling.blocks_meo import find_blocks
 from meo_hf.modeling.configuration_meo import MeoSettings, settings_of
 from meo_hf.modeling.families_meo import family_of
-from meo_hf.modeling.feedforward_meo import find_blocks
 from meo_hf.modeling.merging_meo import merge_experts
 from meo_hf.modeling.modeling_meo import meo_model_class
-from meo_hf.modeling.routing_meo import MeoRouter
+from meo_hf.modeling.router_meo import MeoRouter
 
 
 @dataclass(frozen=True)

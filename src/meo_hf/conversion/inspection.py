@@ -20,7 +20,7 @@ from meo_hf.conversion.source import (
     readable,
 )
 from meo_hf.errors import MeoError, SourceError
-from meo_hf.modeling.families_meo import LEVELS
+from meo_hf.modeling.configuration_meo import levels_of
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _say_convertible(
         config = load_config(folder, gguf_file, options)
         check_supported(config, found.source)
         source = Source(found.source, folder, found.commit, config, tensors)
-        found.levels = LEVELS[source.family.kind]
+        found.levels = levels_of(source.config)
         if tensors:
             plan = build_plan(source, [], Options())
             found.facts = {"layers": len(plan.layers), "parameters as MEO, 8 experts": plan.parameters[1]}

@@ -17,12 +17,19 @@ from meo_hf.conversion.names import disk_names, live_names
 from meo_hf.conversion.safetensors_files import CHUNK, CODES, DTYPES, TensorRef, TensorSpec
 from meo_hf.conversion.source import Source, meta_model
 from meo_hf.errors import CheckpointError, MeoConfigError, UnsupportedError, UsageError
-from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, check_level, meo_config_class
-from meo_hf.modeling.feedforward_meo import Block, find_blocks, merged_feed_forwards
+from meo_hf.modeling.blocks_meo import Block, find_blocks
+from meo_hf.modeling.configuration_meo import (
+    SCHEMA_VERSION,
+    check_level,
+    is_causal,
+    levels_of,
+    meo_config_class,
+)
+from meo_hf.modeling.feedforward_meo import merged_feed_forwards
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.version import __version__
 
-TOKENS_PER_SEQUENCE = 128
+TOKENS_PER_SEQUENCE = 128  # for FLOPs, where a whole sequence shares one merged expert
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Options:
     num_experts: int | None = None
     top_k: int = 2
     level: str | None = None
+    segment_length: int | None = None
+    routing: str | None = None
     gate_scope: str = "ffn"
     expert_init: str = "copy"
     layers: str = "all"
@@ -64,6 +73,11 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """The `meo` block."""
         return self.config.meo
+
+    @property
+    def tokens_per_merge(self) -> int:
+        """Tokens that share a merged expert, as FLOPs count them."""
+        return self.settings["segment_length"] if self.settings["level"] == "segment" else TOKENS_PER_SEQUENCE
 
     @property
     def nbytes(self) -> int:
@@ -142,10 +156,14 @@ def _meo_config(
                 f"--num-experts {num_experts} contradicts {len(experts)} --expert checkpoints: leave it out"
             )
         num_experts = len(experts)
-    level = options.level or source.family.default_level
-    if level not in ("sequence", "token", "task"):
-        raise MeoConfigError(f"unknown level {level!r}: give sequence, token or task")
+    level = options.level or levels_of(source.config)[0]
+    if level not in ("segment", "sequence", "token", "task"):
+        raise MeoConfigError(f"unknown level {level!r}: give segment, sequence, token or task")
     check_level(source.config, level)
+    for name in ("segment_length", "routing"):
+        if getattr(options, name) is not None and (level == "task" or not is_causal(source.config)):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
     if options.tasks and level != "task":
         raise UsageError(f"--task has no effect at level {level!r}: add --level task, or leave --task out")
     values = source.config.to_dict()
@@ -162,6 +180,7 @@ def _meo_config(
         "source": {"id": source.public_name, "commit": source.commit},
         "meo_hf_version": __version__,
     }
+    block |= {n: value for n in ("segment_length", "routing") if (value := getattr(options, n)) is not None}
     config = meo_config_class(type(source.config)).from_dict({**values, "meo": block})
     config.architectures = [f"Meo{source.model_class().__name__}"]
     config.dtype = options.dtype or source.dtype

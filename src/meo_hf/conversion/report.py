@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, Plan
+from meo_hf.conversion.plan import Plan
 from meo_hf.errors import CheckpointError
 from meo_hf.version import __version__
 
@@ -32,7 +32,7 @@ class ConversionReport:
     """What was converted, how, and what was checked.
 
     Sizes are bytes, times seconds. FLOPs are per token, of all linear maps (attention scores left out), for
-    sequences of `tokens_per_sequence` tokens with merging charged as top_k * |W| per sequence.
+    groups of `tokens_per_merge` tokens with merging charged as top_k * |W| per group.
     """
 
     source: dict[str, Any]
@@ -51,7 +51,7 @@ class ConversionReport:
     working_memory: int
     tensors: dict[str, Any]
     experts: list[dict[str, Any]] = field(default_factory=list)
-    tokens_per_sequence: int = TOKENS_PER_SEQUENCE
+    tokens_per_merge: int = 128
     write_seconds: float | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     verification: str = "none"
@@ -107,7 +107,8 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
         parameters_before=before,
         parameters_after=after,
         flops_dense=plan.dense_flops,
-        flops_meo=plan.dense_flops + plan.merge_flops // TOKENS_PER_SEQUENCE,
+        flops_meo=plan.dense_flops + plan.merge_flops // plan.tokens_per_merge,
+        tokens_per_merge=plan.tokens_per_merge,
         bytes_read=plan.source.nbytes,
         bytes_to_write=plan.nbytes,
         working_memory=plan.working_memory,

@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 from meo_hf.conversion.fetch import PICKLE_INDEX, SAFETENSORS_INDEX, SourceOptions, locate
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, read_header, within
 from meo_hf.errors import CheckpointError, MeoConfigError, MeoError, SourceError, UnsupportedError
+from meo_hf.modeling.blocks_meo import describe_unknown
 from meo_hf.modeling.families_meo import FAMILIES, Family, family_of
-from meo_hf.modeling.feedforward_meo import describe_unknown
 from meo_hf.modeling.remote_meo import heads_of
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

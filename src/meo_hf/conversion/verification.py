@@ -21,7 +21,8 @@ from meo_hf.conversion.plan import Plan, tensors_by_live_name
 from meo_hf.conversion.report import Check
 from meo_hf.conversion.safetensors_files import CHUNK, DTYPES, TensorRef
 from meo_hf.conversion.source import Source, auto_class_of, index_tensors, meta_model
-from meo_hf.modeling.feedforward_meo import Block, MeoFeedForward, find_blocks
+from meo_hf.modeling.blocks_meo import Block, find_blocks
+from meo_hf.modeling.feedforward_meo import MeoFeedForward
 from meo_hf.modeling.remote_meo import auto_map, heads_of
 
 MODES = ("full", "sample", "none")

@@ -1,0 +1,71 @@
+"""The router: from what a group's gate reads to its selected experts and their weights.
+
+Legend: G groups that share a gate, D features, E experts, K selected experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Gates(NamedTuple):
+    """Selected experts and their weights, per group: both [G, K]; weights are float32 and sum to one."""
+
+    top_k_index: Tensor
+    top_k_weights: Tensor
+
+
+class MeoRouter(nn.Module):
+    """Noisy top-k router: keep the K largest logits and take their softmax (Shazeer et al. 2017, arXiv 1701.06538).
+
+    Input is a pooled state [G, D], or task ids [G], for which column t of `weight` holds task t's logits.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, top_k: int, noisy: bool) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, in_features)) if noisy else None
+
+    def forward(self, inputs: Tensor) -> tuple[Gates, Tensor]:
+        """Return the gates of each group and the unscaled balance loss of this router."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            clean = self._project(inputs, self.weight)  # [G, E]
+            logits, std = clean, None
+            if self.training and self.noise_weight is not None:
+                std = F.softplus(self._project(inputs, self.noise_weight)) + 1e-2
+                logits = clean + torch.randn_like(clean) * std
+            top_logits, index = logits.topk(min(self.top_k + 1, logits.shape[1]), dim=1)
+            gates = Gates(index[:, : self.top_k], top_logits[:, : self.top_k].softmax(1))
+            return gates, self._balance(gates, clean, logits, top_logits, std)
+
+    @staticmethod
+    def _project(inputs: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if inputs.is_floating_point():
+            return F.linear(inputs.to(wide), weight.to(wide))
+        return F.embedding(inputs.to(weight.device), weight.t()).to(wide)
+
+    def _balance(self, gates: Gates, clean: Tensor, logits: Tensor, top_logits: Tensor, std: Tensor | None) -> Tensor:
+        """CV squared of importance (summed gates) and of load (expected number of selections) per expert."""
+        dense = torch.zeros_like(clean).scatter(1, gates.top_k_index, gates.top_k_weights)
+        if std is None or self.top_k == clean.shape[1]:
+            load = (dense > 0).to(clean.dtype).sum(0)
+        else:
+            last_in, first_out = top_logits[:, self.top_k - 1, None], top_logits[:, self.top_k, None]
+            selected = logits > first_out
+            # an expert stays selected while its noisy logit beats the best logit outside of the other K
+            threshold = torch.where(selected, first_out, last_in)
+            load = torch.special.ndtr((clean - threshold) / std).sum(0)
+        return cv_squared(dense.sum(0)) + cv_squared(load)
+
+
+def cv_squared(x: Tensor) -> Tensor:
+    """Squared coefficient of variation of x [E], unbiased; zero for a single expert."""
+    if x.shape[0] == 1:
+        return x.new_zeros(())
+    return x.var() / (x.mean() ** 2 + 1e-10)
