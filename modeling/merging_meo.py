@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 
@@ -18,6 +19,8 @@ def merge_experts(stack: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> 
     float32 or wider. Experts are picked by index, so an unselected expert cannot touch the result.
     """
     wide = torch.promote_types(stack.dtype, torch.float32)
+    if _may_look(stack, top_k_weights):
+        return _merge_views(stack, top_k_index.tolist(), top_k_weights.tolist(), wide)
     gates = top_k_weights.to(wide).reshape(*top_k_weights.shape, *[1] * (stack.dim() - 1))  # [G, K, 1...]
     merged = stack.new_zeros((), dtype=wide)
     for k, index in enumerate(top_k_index.unbind(1)):
@@ -43,8 +46,40 @@ def combine_outputs(
     x [G, T, I], stack [E, O, I], bias [E, O] -> [G, T, O].
     """
     wide = torch.promote_types(stack.dtype, torch.float32)
+    if _may_look(stack, top_k_weights, x, bias):
+        return _combine_views(x, stack, bias, top_k_index, top_k_weights.to(wide))
     gates = top_k_weights.to(wide)[..., None, None]  # [G, K, 1, 1]
     total = x.new_zeros((), dtype=wide)
     for k, index in enumerate(top_k_index.unbind(1)):
         total = total + gates[:, k] * grouped_linear(x, stack[index], None if bias is None else bias[index])
+    return total.to(stack.dtype)
+
+
+def _may_look(*tensors: Tensor | None) -> bool:
+    """Whether the host may read the indices at no cost: then experts are views of their stack, and not copied."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [t for t in tensors if t is not None]
+    if any(t.device.type != "cpu" or type(t) not in (Tensor, Parameter) for t in given):  # fake tensors have no values
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+
+
+def _merge_views(stack: Tensor, index: list[list[int]], weights: list[list[float]], wide: torch.dtype) -> Tensor:
+    merged = stack.new_empty(len(index), *stack.shape[1:])
+    for group, (experts, gates) in enumerate(zip(index, weights, strict=True)):
+        total = stack[experts[0]].to(wide) * gates[0]
+        for expert, gate in zip(experts[1:], gates[1:], strict=True):
+            total.add_(stack[expert], alpha=gate)
+        merged[group] = total
+    return merged
+
+
+def _combine_views(x: Tensor, stack: Tensor, bias: Tensor | None, top_k_index: Tensor, gates: Tensor) -> Tensor:
+    """Run each selected expert once, on the groups that selected it."""
+    total = x.new_zeros(*x.shape[:-1], stack.shape[1], dtype=gates.dtype)
+    for expert in top_k_index.unique().tolist():
+        groups, slots = (top_k_index == expert).nonzero(as_tuple=True)
+        y = F.linear(x[groups].to(stack.dtype), stack[expert], None if bias is None else bias[expert])
+        total.index_add_(0, groups, gates[groups, slots, None, None] * y)
     return total.to(stack.dtype)

@@ -24,11 +24,13 @@ from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 seeds = st.integers(0, 2**31)
 
 
-@given(seeds, st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.booleans())
-def test_merging_weights_equals_combining_outputs(seed: int, groups: int, experts: int, top_k: int, bias: bool) -> None:
+@given(seeds, st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.booleans(), st.booleans())
+def test_merging_weights_equals_combining_outputs(
+    seed: int, groups: int, experts: int, top_k: int, bias: bool, grad: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     top_k = min(top_k, experts)
-    stack = torch.randn(experts, 7, 5, generator=generator, dtype=torch.float64)
+    stack = torch.randn(experts, 7, 5, generator=generator, dtype=torch.float64).requires_grad_(grad)
     biases = torch.randn(experts, 7, generator=generator, dtype=torch.float64) if bias else None
     logits, index = torch.randn(groups, experts, generator=generator, dtype=torch.float64).topk(top_k, 1)
     gates = logits.softmax(1)
