@@ -254,9 +254,9 @@ def routed(base: type) -> type:
             self.routing.move_rows(indices)
 
         def crop(self, tokens_to_remove: int) -> None:
-            removed = -tokens_to_remove
+            removed = -int(tokens_to_remove)
             if tokens_to_remove > 0:  # a final length, in Transformers up to 5.17
-                removed = max(self.get_seq_length() - tokens_to_remove, 0)
+                removed = max(int(self.get_seq_length() - tokens_to_remove), 0)
             self.routing.check_crop(removed)  # a refusal leaves keys and values as they were, and the other way round
             super().crop(tokens_to_remove)
             self.routing.crop(removed)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .cache_meo import LayerRouting, decoder_cache, is_routed, route_cache, routings
 from .errors_meo import RoutingError
@@ -19,14 +20,32 @@ NO_PROMPT = (
 )
 
 
+Reads = Literal["rows", "encoder", "past"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the gates of a stack's merged feed-forwards read, and their layers' places in a KV cache."""
+
+    reads: Reads
+    layers: tuple[int, ...]
+    num_layers: int
+
+    def route(self, cache: Cache) -> None:
+        """Make room for routing state in a cache that has none."""
+        if len(cache.layers) <= max(self.layers) or not is_routed(cache.layers[self.layers[0]]):
+            route_cache(cache, self.num_layers)
+
+
 @dataclass
 class CausalCall:
     """What the merged feed-forwards of a causal stack share in one call.
 
     `layout` None means that all rows are in their answers. `past` counts the cached positions before the call;
     `prompt_end` those of its positions after which every row is in its answer, None if that is not so at its end;
-    `answering` says that a row is.
-    `opens` lists the rows whose token begins a new segment.
+    `answering` says that a row is. `opens` lists the rows whose token begins a new segment. `still` says that no
+    gradient is wanted, and `keeps` that merged experts may stay beside the cache; `makes` that states are made for a
+    cache that the model may return.
     """
 
     length: int
@@ -62,29 +81,28 @@ class CausalCall:
         """Return the groups of the answer whose prompt ended in this call."""
         return AnswerGroups(self.memory(layer), self.keeps, self.still)
 
-    def finish(self, outputs: Any, layers: tuple[int, ...], num_layers: int) -> None:
+    def finish(self, outputs: Any, stack: Stack) -> None:
         """Count the positions that the cache took, here and not in layers, which may be compiled one by one.
 
         States made without a cache go to the cache that the model made and returned.
         """
-        for layer in layers:
+        for layer in stack.layers:
             if not self.static and (memory := self.memory(layer)) is not None:
                 memory.slots += self.length
         values = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else ()
         cache = next((found for value in values if (found := decoder_cache(value)) is not None), None)
         if cache is None or not self.made:
             return
-        route_cache(cache, num_layers)
+        stack.route(cache)
         for layer, memory in self.made.items():
             cache.layers[layer].routing = memory  # type: ignore[union-attr]
 
 
 def open_causal(
-    cache: Any, layers: tuple[int, ...], num_layers: int, shape: tuple[int, int], device: torch.device,
-    segment: int, routing: str, mask: Tensor | None, starts: Tensor | None, prompt: Tensor | None,
-    labels: Tensor | None, inference: bool,
+    stack: Stack, cache: Any, shape: tuple[int, int], device: torch.device, segment: int, routing: str,
+    mask: Tensor | None, starts: Tensor | None, prompt: Tensor | None, labels: Tensor | None, inference: bool,
 ) -> CausalCall:  # fmt: skip
-    """Prepare a call over new tokens of `shape` [B, S]; `layers` are the cache layers of its merged feed-forwards.
+    """Prepare a call over new tokens of `shape` [B, S].
 
     `routing` is `segment` or `prompt`; `starts` [B, S] marks first tokens of packed documents. Raises
     RoutingError where the routing state and the request do not fit each other.
@@ -92,16 +110,14 @@ def open_causal(
     compiling = torch.compiler.is_compiling()
     lasting = inference or not torch.is_grad_enabled()
     rows, length = shape
-    cache = decoder_cache(cache)
     call = CausalCall(length, mask=mask, makes=cache is None and starts is None and lasting and not compiling)
     memory = LayerRouting()
     if cache is not None:
         if starts is not None:
             raise RoutingError("packed rows cannot go with a KV cache: pass one sequence per row")
-        if len(cache.layers) <= max(layers) or not is_routed(cache.layers[layers[0]]):
-            route_cache(cache, num_layers)
+        stack.route(cache)
         call.cache = cache
-        layer: Any = cache.layers[layers[0]]
+        layer: Any = cache.layers[stack.layers[0]]
         memory, call.static = layer.routing, layer.is_compileable
         call.recording = bool(layer.record_past) and not call.static
         call.still = inference and not torch.is_grad_enabled()

@@ -18,12 +18,13 @@ from transformers.conversion_mapping import (
 from transformers.utils import ModelOutput
 
 from .cache_meo import decoder_cache, route_cache
+from .causal_meo import Reads, Stack
 from .configuration_meo import is_causal, meo_config_class, settings_of
 from .errors_meo import MeoConfigError
 from .families_meo import FAMILIES, Family, family_of
 from .feedforward_meo import MeoFeedForward, merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
-from .routing_meo import Reads, RoutingContext, Stack, close_call, install_hooks, open_call
+from .routing_meo import RoutingContext, close_call, install_hooks, open_call
 
 
 class MeoModelMixin:

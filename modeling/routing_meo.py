@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cache_meo import decoder_cache, is_routed, route_cache, routings
-from .causal_meo import CausalCall, open_causal
+from .cache_meo import decoder_cache, routings
+from .causal_meo import CausalCall, Stack, open_causal
 from .configuration_meo import ROUTINGS, MeoSettings
 from .errors_meo import RoutingContextError, RoutingError
 from .groups_meo import AnswerGroups, Groups, TaskGroups, masked_mean
@@ -23,18 +23,6 @@ from .padding_meo import document_starts, of_new_tokens, padding_mask, refusal
 
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-
-
-Reads = Literal["rows", "encoder", "past"]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """What the gates of a stack's merged feed-forwards read, and their layers' places in a KV cache."""
-
-    reads: Reads
-    layers: tuple[int, ...]
-    num_layers: int
 
 
 @dataclass
@@ -227,7 +215,7 @@ def _open_stack(
     if starts is not None and cache is None and _will_cache(find, owner):
         raise RoutingError("packed rows need use_cache=False: with a KV cache their documents attend to each other")
     call.causal = open_causal(
-        find("past_key_values"), stack.layers, stack.num_layers, (batched.shape[0], length), batched.device,
+        stack, cache, (batched.shape[0], length), batched.device,
         context.settings.segment_length, call.routing or context.routing, call.padding, starts,
         call.prompt_lengths, call.labels, inference,
     )  # fmt: skip
@@ -243,8 +231,7 @@ def _will_cache(find: Any, owner: nn.Module) -> bool:
 def _open_partner(call: Call, stack: Stack, find: Any, cache: Any, inference: bool) -> None:
     """Open the call of a decoder whose gates read the encoder's output, or already did."""
     if cache is not None:
-        if len(cache.layers) <= max(stack.layers) or not is_routed(cache.layers[stack.layers[0]]):
-            route_cache(cache, stack.num_layers)
+        stack.route(cache)
         call.cache = cache
         call.still = inference and not torch.is_grad_enabled()
         call.keeps = call.still and not torch.compiler.is_compiling()
@@ -280,14 +267,16 @@ def _row_padding(call: Call, find: Any, batched: Tensor) -> tuple[str | None, Te
 
 
 def close_call(context: RoutingContext, owner: nn.Module, outputs: Any = None) -> None:
-    """Close the call that this module opened, if it did; its routing state goes to the cache in its outputs."""
+    """Close the call that this module opened, if it did; `outputs` are None after an exception.
+
+    Routing state that was made without a cache goes to the cache in the outputs.
+    """
     call = context.current
     if call is None or call.owner != id(owner):
         return
     context.current = call.outer
-    if call.causal is not None:
-        stack: Stack = owner._meo_stack  # type: ignore[assignment]
-        call.causal.finish(outputs, stack.layers, stack.num_layers)
+    if call.causal is not None and outputs is not None:
+        call.causal.finish(outputs, owner._meo_stack)  # type: ignore[arg-type]
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -67,6 +67,7 @@ def test_stated_licence_settles(tmp_path: Path) -> None:
         ("t5", "sequence", "AutoModelForSeq2SeqLM", None),
         ("marian", "sequence", "AutoModelForSeq2SeqLM", "translation"),
         ("gpt2", "task", "AutoModelForCausalLM", "text-generation"),
+        ("llama", "segment", "AutoModelForCausalLM", "text-generation"),
         ("vit", "sequence", "AutoModelForImageClassification", "image-classification"),
     ],
 )
@@ -77,6 +78,7 @@ def test_card_shows_how_to_load(family: str, level: str, auto: str, pipeline: st
     assert f'model = {auto}.from_pretrained("REPO", revision="COMMIT", trust_remote_code=True)' in card.content
     assert card.data.pipeline_tag == pipeline
     assert f"`{level}`" in card.content
+    assert ("per segment of 256 tokens" in card.content) is (level == "segment")
     assert "Not verified" in card.content
     assert "noisy copies" in card.content
 

@@ -195,6 +195,10 @@ def test_reset_forgets_everything(level: str, static: bool) -> None:
         parts = [run(model, text[:, a:b], cache, **prompt) for a, b in ((0, 8), (8, 9), (9, 10), (10, 19))]
         assert_close(torch.cat(parts, 1), expected, 1e-5)
         cache.reset()
+        if int(cache.get_seq_length()):  # Transformers up to 5.17 zeroes the keys of a dynamic cache and keeps them
+            with pytest.raises(RoutingError, match="of which the gates have seen 0"):
+                run(model, text, cache, **prompt)
+            return
 
 
 def test_class_and_identity_of_a_cache_stay() -> None:
@@ -716,6 +720,7 @@ def test_budget_is_mentioned_once(caplog: pytest.LogCaptureFixture) -> None:
     from transformers.utils import logging
 
     model = copy.deepcopy(setup("sequence")[0])
+    model._meo_context.warned = False
     model._meo_context.settings.merged_cache_bytes = 0
     logging.enable_propagation()
     try:

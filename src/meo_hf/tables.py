@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +29,12 @@ def _two_columns(title: str, rows: dict[str, object]) -> Table:
     return table
 
 
+def _detail(meo: dict[str, Any]) -> str:
+    if meo["level"] == "task":
+        return f" (tasks: {', '.join(meo['tasks'])})"
+    return f" ({meo['segment_length']} tokens)" if meo["level"] == "segment" else ""
+
+
 def report_table(report: ConversionReport) -> Table:
     """Show what a conversion did, or would do."""
     meo = report.meo
@@ -34,7 +42,7 @@ def report_table(report: ConversionReport) -> Table:
         "source": report.source["id"] + (f" @ {report.source['commit']}" if report.source["commit"] else ""),
         "output": report.output,
         "class": report.model_class,
-        "level": meo["level"] + (f" (tasks: {', '.join(meo['tasks'])})" if meo["level"] == "task" else ""),
+        "level": meo["level"] + _detail(meo),
         "experts": f"{meo['num_experts']}, {meo['top_k']} merged per gate, gate scope {meo['gate_scope']}",
         "born by": ", ".join(e["id"] for e in report.experts) or report.options["expert_init"],
         "layers": ", ".join(map(str, report.layers)),

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from meo_hf.conversion.report import ConversionReport
 from meo_hf.conversion.source import Source, auto_class_of, public_name
 from meo_hf.errors import LicenseError
+from meo_hf.modeling.families_meo import family_of
 
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense", "cc-by-4.0"}
 _PIPELINES = {
@@ -96,7 +97,7 @@ def _text(report: ConversionReport, license_: str | None) -> str:
     auto = auto_class_of(report.family, report.model_class.removeprefix("Meo"))
     rows = {
         "Source": source,
-        "Level": f"`{meo['level']}` ({_LEVEL_TEXT[meo['level']]})",
+        "Level": f"`{meo['level']}` ({_level_text(report)})",
         "Experts": f"{meo['num_experts']}, of which {meo['top_k']} are merged; {experts}",
         "Gate scope": f"`{meo['gate_scope']}`",
         "Tasks": ", ".join(meo["tasks"]) if meo["level"] == "task" else "none",
@@ -159,12 +160,18 @@ def _birth(report: ConversionReport) -> str:
     return "given" if report.experts else report.options["expert_init"]
 
 
-_LEVEL_TEXT = {
-    "segment": "one merged expert per segment, gated by the segment before",
-    "sequence": "one merged expert per input sequence",
-    "token": "one merged expert per input sequence, and a bottleneck per token",
-    "task": "one merged expert per task",
-}
+def _level_text(report: ConversionReport) -> str:
+    level, segment = report.meo["level"], f"segment of {report.meo['segment_length']} tokens"
+    if level == "task":
+        return "one merged expert per task"
+    if level == "segment":
+        return f"one merged expert per {segment}, gated by the segment before"
+    shared = "input sequence"
+    if family_of(report.family).kind == "decoder":
+        shared = f"answer, gated by its prompt, and one per {segment} within the prompt"
+    return f"one merged expert per {shared}" + ("; and a bottleneck per token" if level == "token" else "")
+
+
 _BIRTH_TEXT = {
     "copy": "All experts start as copies of the dense feed-forward: before training it computes what the source does.",
     "noise": "Experts are noisy copies of the dense feed-forward; fine-tune before use.",
