@@ -46,7 +46,7 @@ def plot_decode(decoded: Decoded, model: str, path: str | Path) -> None:
     axes.set_xlabel("ms per generated token (dashed: the dense model)")
     settings = decoded.settings
     axes.set_title(
-        f"{model}: {settings.num_experts} experts, {settings.dtype}, batch {settings.batch}, "
+        f"{model}\n{settings.num_experts} experts, {settings.dtype}, batch {settings.batch}, "
         f"{settings.new_tokens} tokens after {settings.prompt_tokens}",
         fontsize=10,
     )
