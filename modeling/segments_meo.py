@@ -43,7 +43,8 @@ class Layout:
     `cells` [B, S] holds each token's cell (G * W for padding), None where tokens fill the cells in order.
     `occupied` [B, G, W] and `opening` [B, G] (the gate reads the group's own first token) are masks, and so is
     `answer` [B, G] (the gate reads the prompt's mean); None stands for all, first group, none. `last` [B] is the
-    group that a next prompt token would join, `count` [B] the real prompt tokens after the call.
+    group that a next prompt token would join, `count` [B] the real prompt tokens after the call. Of a call with one
+    token per row, `full` [B, 1] marks the rows whose segment it completes.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class Layout:
     occupied: Tensor | None = None
     answer: Tensor | None = None
     prompt: Tensor | None = None
+    full: Tensor | None = None
 
     def split(self, x: Tensor) -> Tensor:
         """Put tokens into their groups' cells: [B, S, D] -> [B * G, W, D]; empty cells are zero."""
@@ -96,7 +98,7 @@ def lay_out(
     on shapes only.
     """
     rows, width = count.shape[0], min(length, segment)
-    if fresh and mask is None and prompt is None:
+    if fresh and mask is None and prompt is None and length > 1:
         groups = -(-length // segment)
         places = torch.arange(groups * width, device=count.device).reshape(1, groups, width)
         return Layout(
@@ -116,7 +118,8 @@ def lay_out(
     after = count + asked
     return Layout(
         rows, 1, 1, 1, segment, after,
-        last=(asked & (after % segment == 0)).long(),
+        last=(full := asked & (after % segment == 0)).long(),
+        full=full[:, None],
         opening=(count == 0)[:, None],
         occupied=None if mask is None else mask[..., None],
         answer=None if prompt is None else answer,
@@ -183,6 +186,8 @@ def advance(pool: Pool, layout: Layout, cells: Tensor) -> tuple[Tensor, Pool]:
 
     cells [B * G, W, D] are the gated input's tokens in the layout's cells.
     """
+    if layout.full is not None:
+        return _step(pool, layout, cells[:, 0].to(pool.sum.dtype), layout.full)
     device = cells.device
     x = cells.reshape(layout.rows, layout.groups, layout.width, -1).to(pool.sum.dtype)
     if layout.occupied is not None:
@@ -205,3 +210,19 @@ def advance(pool: Pool, layout: Layout, cells: Tensor) -> tuple[Tensor, Pool]:
         mean = total / layout.prompt.to(device).clamp(min=1)[:, None]
         inputs = torch.where(layout.answer.to(device)[..., None], mean[:, None], inputs)
     return inputs.reshape(layout.rows * layout.groups, -1), after
+
+
+def _step(pool: Pool, layout: Layout, x: Tensor, full: Tensor) -> tuple[Tensor, Pool]:
+    """Advance by one token per row, x [B, D]: the same as `advance`, with a third of its operations."""
+    device = x.device
+    if layout.occupied is not None:
+        x = torch.where(layout.occupied[:, 0].to(device), x, torch.zeros((), dtype=x.dtype, device=device))
+    asked = x if layout.answer is None else x.masked_fill(layout.answer.to(device), 0)
+    whole, total = pool.sum + asked, pool.total + asked
+    reads = torch.where(layout.opening.to(device), x, pool.reads)
+    full = full.to(device)
+    after = Pool(torch.where(full, whole / layout.segment, reads), whole.masked_fill(full, 0), total)
+    if layout.answer is None or layout.prompt is None:
+        return reads, after
+    mean = total / layout.prompt.to(device).clamp(min=1)[:, None]
+    return torch.where(layout.answer.to(device), mean, reads), after
