@@ -93,3 +93,8 @@ def test_prompt_lengths_given_to_generate(level: str) -> None:
     assert torch.equal(cached, uncached)
     whole = run(model, cached, routing="prompt", prompt_lengths=torch.tensor([6]))
     assert torch.equal(whole[0, 10:-1].argmax(-1), cached[0, 11:])
+
+
+def test_typos_are_refused_by_generate() -> None:
+    with pytest.raises(ValueError, match=r"not used by the model: \['routng'\]"):
+        BASE.model().generate(words(5), max_new_tokens=3, routng="segment")
