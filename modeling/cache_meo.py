@@ -65,14 +65,9 @@ class LayerRouting:
         return {**self.__dict__, "merged": {}}
 
     @property
-    def total_rows(self) -> int:
-        """The number of rows of the pools."""
-        return next((pool.total.shape[0] for pool in self.pools.values()), 0)
-
-    @property
     def rows(self) -> int | None:
         """The number of rows, None before the first call."""
-        return None if self.count is None else self.count.shape[0]
+        return next((pool.total.shape[0] for pool in self.pools.values()), None)
 
     def frozen_input(self, name: str) -> Tensor:
         """Return what the gate of an answer reads: the mean of the prompt [B, D]."""
@@ -159,7 +154,7 @@ class LayerRouting:
     def move_rows(self, index: Any) -> None:
         """Reorder or select rows; merged experts stay if every row still finds its own."""
         self.copies, self.shuffled = 1, True
-        if not (self.frozen and _keeps_sources(index, self.total_rows, self.repeats)):
+        if not (self.frozen and _keeps_sources(index, self.rows or 0, self.repeats)):
             self.merged, self.repeats = {}, 1
         self._map_rows(lambda t: t[index.to(t.device) if isinstance(index, Tensor) else index])
 
@@ -291,6 +286,12 @@ def decoder_cache(cache: Any) -> Cache | None:
 def routings(cache: Cache) -> list[LayerRouting]:
     """Return the routing state of each layer of a cache that was routed."""
     return [layer.routing for layer in cache.layers if is_routed(layer)]  # type: ignore[union-attr]
+
+
+def merged_bytes(cache: Cache) -> int:
+    """Return the bytes of the merged experts beside a cache."""
+    kept = [tensor for state in routings(cache) for pair in state.merged.values() for tensor in pair]
+    return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
 
 def can_take_back(layer: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from .cache_meo import can_take_back, decoder_cache, route_cache, routings
+from .cache_meo import can_take_back, decoder_cache, routings
 from .errors_meo import RoutingError
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext
 
@@ -28,7 +28,7 @@ class PromptedGeneration:
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as Transformers does; `routing` and `prompt_lengths` may be given as in `forward`."""
-        if self._gates_read_text:
+        if self._meo_context.reads_past:
             self._reopen_prompt(inputs, generation_config, kwargs)
         try:
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -45,7 +45,7 @@ class PromptedGeneration:
         """Take a cached answer back, so that this call's longer prompt is gated as it would be without a cache."""
         cache = decoder_cache(kwargs.get("past_key_values"))
         routing = kwargs.get("routing") or self._meo_context.routing
-        if cache is None or not self._meo_context.causal or getattr(generation_config, "is_assistant", False):
+        if cache is None or getattr(generation_config, "is_assistant", False):
             return
         frozen = [state for state in routings(cache) if state.answering or state.frozen]
         if not frozen or routing != "prompt" or kwargs.get("prompt_lengths") is not None:
@@ -76,7 +76,7 @@ class PromptedGeneration:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Note where each row's prompt ends, while its mask is at hand."""
         routing = model_kwargs.get("routing") or self._meo_context.routing
-        wanted = self._gates_read_text and self._meo_context.causal and routing == "prompt"
+        wanted = self._meo_context.reads_past and routing == "prompt"
         if wanted and model_kwargs.get("prompt_lengths") is None:
             model_kwargs["prompt_lengths"] = _prompt_lengths(input_ids, model_kwargs)
         return super()._expand_inputs_for_generation(  # type: ignore[misc]
@@ -91,7 +91,7 @@ class PromptedGeneration:
         cache = decoder_cache(model_kwargs.get("past_key_values"))
         if cache is None or not self._gates_read_text:
             return
-        route_cache(cache, self.config.get_text_config(decoder=True).num_hidden_layers)
+        self.route_cache(cache)  # type: ignore[attr-defined]
         if generation_config.is_assistant:
             cache.activate_past_recording()
             if any(routing.prompt is not None for routing in routings(cache)):
@@ -127,7 +127,7 @@ def prepared_inputs(base: Any) -> Callable[..., dict[str, Any]]:
         inputs = prepare(self, input_ids, *args, **kwargs)
         passed, mask = inputs.get("attention_mask"), kwargs.get("attention_mask")
         made = passed is not None and not (isinstance(passed, Tensor) and passed.dim() == 2)
-        if made and self._gates_read_text and self._meo_context.causal:
+        if made and self._meo_context.reads_past:
             ids = inputs.get("input_ids")
             rows, length = (ids if ids is not None else inputs["inputs_embeds"]).shape[:2]
             if mask is None:  # none was needed: nothing is padding

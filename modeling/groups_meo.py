@@ -163,7 +163,7 @@ class AnswerGroups(Groups):
         if self._encoder is not None:
             inputs = self._encoder
         elif self.memory is not None:
-            inputs = self.memory.frozen_input("encoder" if "encoder" in self.memory.pools else name)
+            inputs = self.memory.frozen_input(name)
         else:
             raise ValueError("an answer's gate needs its prompt")
         return inputs[:: self._repeats]
@@ -175,5 +175,5 @@ class AnswerGroups(Groups):
     def close(self) -> None:
         """Remember the encoder's mean."""
         if self.memory is not None and self._encoder is not None:
-            self.memory.pools = {"encoder": Pool(self._encoder, self._encoder, self._encoder)}
+            self.memory.pools = {"hidden": Pool(self._encoder, self._encoder, self._encoder)}
             self.memory.freeze(0)

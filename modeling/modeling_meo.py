@@ -24,7 +24,7 @@ from .errors_meo import MeoConfigError
 from .families_meo import FAMILIES, Family, family_of
 from .feedforward_meo import MeoFeedForward, merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
-from .routing_meo import RoutingContext, close_call, install_hooks, open_call
+from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
 
 class MeoModelMixin:
@@ -81,7 +81,7 @@ class MeoModelMixin:
         Only a compiled prefill needs it beforehand; `generate` and eager calls do it themselves.
         """
         own = decoder_cache(cache)
-        if own is not None and settings_of(self.config).level != "task":
+        if own is not None and self._meo_context.settings.level != "task":
             route_cache(own, self.config.get_text_config(decoder=True).num_hidden_layers)
 
     def _set_gradient_checkpointing(
@@ -174,14 +174,6 @@ def _mark_stacks(model: PreTrainedModel) -> None:
         stack._meo_stack = Stack(reads, layers, depth)  # type: ignore[assignment]
 
 
-_ADDED = {
-    "task_ids": "Tensor | None",
-    "routing": "str | None",
-    "prompt_lengths": "Tensor | None",
-    "routing_mask": "Tensor | None",
-}
-
-
 def _routed_forward(base_forward: Callable[..., Any], family: Family) -> Callable[..., Any]:
     """Return a forward with the base's signature plus what the gates take, that opens the model's routing call.
 
@@ -190,7 +182,7 @@ def _routed_forward(base_forward: Callable[..., Any], family: Family) -> Callabl
     signature = inspect.signature(base_forward)
     names = tuple(signature.parameters)[1:]
     causal = family.kind != "encoder-decoder" and "past_key_values" in names
-    taken = {name: kind for name, kind in _ADDED.items() if causal or name in ("task_ids", "routing_mask")}
+    taken = {name: kind for name, kind in ROUTING_ARGUMENTS.items() if causal or name in ("task_ids", "routing_mask")}
 
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

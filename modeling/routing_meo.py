@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache_meo import decoder_cache, routings
+from .cache_meo import decoder_cache, merged_bytes
 from .causal_meo import CausalCall, Stack, open_causal
 from .configuration_meo import ROUTINGS, MeoSettings
 from .errors_meo import RoutingContextError, RoutingError
@@ -90,6 +90,11 @@ class RoutingContext:
         self._calls: dict[int, Call] = {}
 
     @property
+    def reads_past(self) -> bool:
+        """Whether gates read what came before in the same text."""
+        return self.causal and self.settings.level != "task"
+
+    @property
     def routing(self) -> str:
         """How a causal stack gates what follows a prompt, where a call does not say."""
         return self.settings.routing or ("segment" if self.settings.level == "segment" else "prompt")
@@ -129,9 +134,7 @@ class RoutingContext:
                 call.room = free_bytes(device) // 4
             else:
                 cache = call.cache if call.causal is None else call.causal.cache
-                states = [] if cache is None else routings(cache)
-                held = [x for state in states for pair in state.merged.values() for x in pair]
-                call.room = limit - sum(x.nbytes for x in held if x is not None)
+                call.room = limit - (0 if cache is None else merged_bytes(cache))
         return call.room
 
 
@@ -208,7 +211,7 @@ def _open_stack(
         return
     call.padding = padding_mask(of_new_tokens(call.mask, cache, length), (batched.shape[0], length), batched.device)
     position_ids = find("position_ids")
-    packed = next((name for name in _PACKED if find(name) is not None), None)
+    packed = _packed_by(find)
     starts = document_starts(position_ids, call.padding, (batched.shape[0], length))
     if packed is not None and position_ids is None:
         raise RoutingError(refusal(packed))
@@ -249,9 +252,14 @@ def _open_partner(call: Call, stack: Stack, find: Any, cache: Any, inference: bo
     )
 
 
+def _packed_by(find: Any) -> str | None:
+    """Return the argument, if any, that packs several sequences into one row."""
+    return next((name for name in _PACKED if find(name) is not None), None)
+
+
 def _row_padding(call: Call, find: Any, batched: Tensor) -> tuple[str | None, Tensor | None]:
     """Return why a row cannot be pooled, or its padding mask."""
-    packed = next((name for name in _PACKED if find(name) is not None), None)
+    packed = _packed_by(find)
     if packed is not None:
         return refusal(packed), None
     if batched.dim() > 3:  # an image
@@ -288,7 +296,12 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     close_call(module._meo_context, module, output)  # type: ignore[arg-type]
 
 
-ROUTING_ARGUMENTS = ("task_ids", "routing", "prompt_lengths", "routing_mask")
+ROUTING_ARGUMENTS = {  # name -> annotation
+    "task_ids": "Tensor | None",
+    "routing": "str | None",
+    "prompt_lengths": "Tensor | None",
+    "routing_mask": "Tensor | None",
+}
 
 
 def install_hooks(module: nn.Module, context: RoutingContext) -> None:
@@ -306,7 +319,7 @@ def _check_arguments(context: RoutingContext, call: Call, top: bool, find: Any) 
     if call.routing is not None and call.routing not in ROUTINGS:
         raise RoutingError(f"routing is {call.routing!r}; allowed: {', '.join(ROUTINGS)}")
     idle = ("routing", "prompt_lengths") if level != "task" else ("routing", "prompt_lengths", "routing_mask")
-    if top and (level == "task" or not context.causal):
+    if top and not context.reads_past:
         for name in idle:
             if find(name) is not None:
                 raise RoutingError(f"`{name}` has no effect in this model, of level {level!r}: leave it out")

@@ -140,9 +140,7 @@ def lay_out_documents(starts: Tensor, segment: int, mask: Tensor | None = None) 
     group = ((slot == 0) & real).cumsum(1) - 1
     groups = max(int(group.max()) + 1, 1)
     count = torch.zeros(rows, dtype=torch.long, device=starts.device)
-    column = torch.where(real, group.clamp(min=0), groups)
-    opening = torch.zeros(rows, groups + 1, dtype=torch.bool, device=starts.device)
-    opening = opening.scatter(1, torch.where(starts & real, column, groups), True)[:, :groups]
+    opening = _groups_of(starts & real, group, groups)
     return _arrange(count, real, slot, torch.zeros_like(real), groups, min(length, segment), segment, None, opening)
 
 
@@ -175,10 +173,14 @@ def _arrange(
         prompt=prompt,
     )  # fmt: skip
     if prompt is not None:
-        column = torch.where(real, group.clamp(min=0), groups)
-        marks = torch.zeros(rows, groups + 1, dtype=torch.bool, device=real.device)
-        layout.answer = marks.scatter(1, torch.where(answer, column, groups), True)[:, :groups]
+        layout.answer = _groups_of(real & answer, group, groups)
     return layout
+
+
+def _groups_of(tokens: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Mark the groups [B, G] that hold any of the given tokens [B, S]."""
+    marks = torch.zeros(len(tokens), groups + 1, dtype=torch.bool, device=tokens.device)
+    return marks.scatter(1, torch.where(tokens, group, groups), True)[:, :groups]
 
 
 def advance(pool: Pool, layout: Layout, cells: Tensor) -> tuple[Tensor, Pool]:

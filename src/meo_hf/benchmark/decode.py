@@ -18,9 +18,9 @@ from meo_hf.benchmark.decode_variants import (
     Variant,
     answer,
     draw_text,
-    merged_bytes,
     variants_of,
 )
+from meo_hf.modeling.cache_meo import merged_bytes
 
 
 @dataclass

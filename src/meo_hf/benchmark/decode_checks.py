@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from meo_hf.benchmark.decode_variants import DTYPES, DecodeSettings, Models, Variant, answer, merged_bytes, selecting
+from meo_hf.benchmark.decode_variants import DTYPES, DecodeSettings, Models, Variant, answer, selecting
 from meo_hf.benchmark.moe import token_experts
 from meo_hf.errors import CheckFailedError
+from meo_hf.modeling.cache_meo import merged_bytes
 from meo_hf.modeling.feedforward_meo import MeoFeedForward, merged_feed_forwards
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}

@@ -189,10 +189,3 @@ def answer(
     yield model(ids[:, :prompt_tokens], logits_to_keep=1, **options).logits[:, -1]
     for place in range(prompt_tokens, ids.shape[1]):
         yield model(ids[:, place : place + 1], **options).logits[:, -1]
-
-
-def merged_bytes(cache: Cache) -> int:
-    """Return the bytes of the merged experts beside a KV cache."""
-    routings = [layer.routing for layer in cache.layers if hasattr(layer, "routing")]
-    kept = [tensor for routing in routings for pair in routing.merged.values() for tensor in pair]
-    return sum(tensor.nbytes for tensor in kept if tensor is not None)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
-from meo_hf.version import __version__
+from meo_hf.version import versions
 
 QUIET = 0.5
 """Load average per CPU up to which a machine counts as quiet."""
@@ -29,14 +28,8 @@ class Machine:
     @classmethod
     def look(cls, device: str) -> Machine:
         """Describe this machine as it is now; `load_average` (of one minute) is None where nobody keeps it."""
-        versions = {
-            "meo_hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
         load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-        return cls(_device_name(device), os.cpu_count() or 1, torch.get_num_threads(), load, versions)
+        return cls(_device_name(device), os.cpu_count() or 1, torch.get_num_threads(), load, versions())
 
     @property
     def noise(self) -> str:

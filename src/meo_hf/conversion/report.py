@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from meo_hf.conversion.plan import Plan
 from meo_hf.errors import CheckpointError
-from meo_hf.version import __version__
+from meo_hf.version import versions
 
 REPORT_NAME = "meo_report.json"
 
@@ -122,12 +118,7 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
         },
         experts=[{"id": one.lasting_name, "commit": one.commit} for one in plan.experts],
         warnings=warnings,
-        versions={
-            "meo_hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions(),
     )
 
 

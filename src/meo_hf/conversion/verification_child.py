@@ -68,11 +68,6 @@ def load_models(request):
     return model.eval(), dense.float().eval(), info
 
 
-def reads_past(model):
-    """Whether the gates read what came before, in a model that has no prompt to tell them about."""
-    return model._meo_context.causal and model.config.meo["level"] != "task"
-
-
 def loading_check(info, missing):
     """Every tensor found its place, but for those that the source lacks too."""
     lost = sorted(set(info["missing_keys"]) - set(missing))
@@ -128,7 +123,7 @@ def check_full(request):
     for name in request["missing"]:  # both were drawn at random
         own[name].data.copy_(dict(dense.named_parameters())[name])
     inputs = inputs_for(dense.config, request["kind"])
-    routed = {**inputs, "routing": "segment"} if reads_past(model) else inputs
+    routed = {**inputs, "routing": "segment"} if model._meo_context.reads_past else inputs
     if request["copies"]:
         expected = first_tensor(dense(**inputs))
         for what in ("as saved", "spread"):
