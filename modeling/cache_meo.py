@@ -127,6 +127,11 @@ class LayerRouting:
         else:
             self._replay(removed)
 
+    @property
+    def settled(self) -> bool:
+        """Whether any crop can be followed: nothing was seen, or the gates read an encoder's output, which stays."""
+        return self.slots == 0 or (self.frozen and self.count is None)
+
     def _within_answer(self, removed: int) -> bool:
         return self.frozen and (self.count is None or self.slots - removed >= self.frozen_at)
 
@@ -234,7 +239,7 @@ def routed(base: type) -> type:
 
         @property
         def is_croppable(self) -> bool:
-            return bool(super().is_croppable) and (self.record_past or self.routing.slots == 0)
+            return bool(super().is_croppable) and (self.record_past or self.routing.settled)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)

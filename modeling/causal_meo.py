@@ -41,7 +41,9 @@ class Stack:
 class CausalCall:
     """What the merged feed-forwards of a causal stack share in one call.
 
-    `layout` None means that all rows are in their answers. `past` counts the cached positions before the call;
+    `layout` None means that all rows are in their answers, or, in the decoder of an encoder-decoder, that gates read
+    `encoder` [B, D], the mean of the encoder's output (None if an earlier call has left it beside the cache).
+    `past` counts the cached positions before the call;
     `prompt_end` those of its positions after which every row is in its answer, None if that is not so at its end;
     `answering` says that a row is. `opens` lists the rows whose token begins a new segment. `still` says that no
     gradient is wanted, and `keeps` that merged experts may stay beside the cache; `makes` that states are made for a
@@ -63,6 +65,17 @@ class CausalCall:
     cache: Any = None
     makes: bool = False
     made: dict[int, LayerRouting] = field(default_factory=dict)
+    encoder: Tensor | None = None
+
+    def attach(self, cache: Cache, stack: Stack, inference: bool) -> LayerRouting:
+        """Go on beside a cache; returns the routing state of its first merged feed-forward."""
+        stack.route(cache)
+        layer: Any = cache.layers[stack.layers[0]]
+        self.cache, self.static = cache, layer.is_compileable
+        self.recording = bool(layer.record_past) and not self.static
+        self.still = inference and not torch.is_grad_enabled()
+        self.keeps = self.still and not torch.compiler.is_compiling()
+        return layer.routing
 
     def memory(self, layer: int) -> LayerRouting | None:
         """Return the routing state of a layer; without a cache, one to hang on the cache that the model makes."""
@@ -74,7 +87,7 @@ class CausalCall:
         """Return the groups of one layer's feed-forward."""
         memory = self.memory(layer)
         if self.layout is None:
-            return AnswerGroups(memory, self.keeps, self.still)
+            return AnswerGroups(memory, self.keeps, self.still, self.encoder)
         return SegmentGroups(self.layout, memory, self)
 
     def answer(self, layer: int) -> Groups:
@@ -115,14 +128,8 @@ def open_causal(
     if cache is not None:
         if starts is not None:
             raise RoutingError("packed rows cannot go with a KV cache: pass one sequence per row")
-        stack.route(cache)
-        call.cache = cache
-        layer: Any = cache.layers[stack.layers[0]]
-        memory, call.static = layer.routing, layer.is_compileable
-        call.recording = bool(layer.record_past) and not call.static
-        call.still = inference and not torch.is_grad_enabled()
-        call.keeps = call.still and not compiling
-        call.past = _past(layer, memory, call.static, compiling)
+        memory = call.attach(cache, stack, inference)
+        call.past = _past(cache.layers[stack.layers[0]], memory, call.static, compiling)
     if memory.rows not in (None, rows):
         raise RoutingError(f"the KV cache's routing state has {memory.rows} rows, this batch has {rows}")
 

@@ -17,7 +17,7 @@ from .cache_meo import decoder_cache, merged_bytes
 from .causal_meo import CausalCall, Stack, open_causal
 from .configuration_meo import ROUTINGS, MeoSettings
 from .errors_meo import RoutingContextError, RoutingError
-from .groups_meo import AnswerGroups, Groups, TaskGroups, masked_mean
+from .groups_meo import Groups, TaskGroups, masked_mean
 from .memory_meo import free_bytes
 from .padding_meo import document_starts, of_new_tokens, padding_mask, refusal
 
@@ -41,10 +41,6 @@ class Call:
     balance: list[Tensor] = field(default_factory=list)
     padding: Tensor | None = None
     causal: CausalCall | None = None
-    encoder: Tensor | None = None
-    cache: Any = None
-    keeps: bool = False
-    still: bool = False
     room: int | None = None
     refused: str | None = None
 
@@ -69,10 +65,6 @@ class Call:
             raise RoutingError(self.refused)
         if self.causal is not None:
             return self.causal.groups(layer)
-        memory = None if self.cache is None else self.cache.layers[layer].routing
-        if self.encoder is not None or (memory is not None and memory.frozen):
-            known = memory is not None and memory.frozen
-            return AnswerGroups(memory, self.keeps, self.still, None if known else self.encoder)
         return Groups(self.padding)
 
 
@@ -133,7 +125,7 @@ class RoutingContext:
             if limit is None:
                 call.room = free_bytes(device) // 4
             else:
-                cache = call.cache if call.causal is None else call.causal.cache
+                cache = None if call.causal is None else call.causal.cache
                 call.room = limit - (0 if cache is None else merged_bytes(cache))
         return call.room
 
@@ -200,7 +192,7 @@ def _open_stack(
     inference = not owner.training
     cache = decoder_cache(find("past_key_values"))
     if stack.reads == "encoder":
-        _open_partner(call, stack, find, cache, inference)
+        call.causal = _open_partner(stack, find, cache, batched.shape[1], inference)
         return
     length = batched.shape[1]
     if find("cache") is not None:
@@ -231,15 +223,11 @@ def _will_cache(find: Any, owner: nn.Module) -> bool:
     return not flash and bool(getattr(owner.config, "use_cache", False) if use_cache is None else use_cache)
 
 
-def _open_partner(call: Call, stack: Stack, find: Any, cache: Any, inference: bool) -> None:
+def _open_partner(stack: Stack, find: Any, cache: Any, length: int, inference: bool) -> CausalCall:
     """Open the call of a decoder whose gates read the encoder's output, or already did."""
-    if cache is not None:
-        stack.route(cache)
-        call.cache = cache
-        call.still = inference and not torch.is_grad_enabled()
-        call.keeps = call.still and not torch.compiler.is_compiling()
-        if cache.layers[stack.layers[0]].routing.frozen:
-            return
+    call = CausalCall(length)
+    if cache is not None and call.attach(cache, stack, inference).frozen:
+        return call
     states = find("encoder_hidden_states")
     if states is None:
         raise RoutingError(
@@ -250,6 +238,7 @@ def _open_partner(call: Call, stack: Stack, find: Any, cache: Any, inference: bo
     call.encoder = masked_mean(
         states, padding_mask(mask, tuple(states.shape[:2]), states.device, "encoder_attention_mask")
     )
+    return call
 
 
 def _packed_by(find: Any) -> str | None:

@@ -226,7 +226,9 @@ def one_group(request, model, module, block, seed):
     width = module.experts.down_proj.shape[1]
     x = torch.randn(1, 8, width, generator=generator)
     encoded = torch.randn(1, 5, width, generator=generator)
-    call = routing.Call(owner=0, outer=None, rows=1, encoder=encoded.mean(1) if module.reads_encoder else None)
+    call = routing.Call(owner=0, outer=None, rows=1)
+    if module.reads_encoder:
+        call.causal = routing.CausalCall(x.shape[1], encoder=encoded.mean(1))
     if module.level == "task":
         call.task_ids = torch.tensor([seed % len(model.config.meo["tasks"])])
     seen = []
