@@ -80,17 +80,21 @@ def find_blocks(model: nn.Module, family: Family) -> Iterator[Block]:
         decoder = family.kind == "encoder-decoder" and "decoder" in path.split(".")
         index = counts.get(decoder, 0)
         counts[decoder] = index + 1
-        yield Block(path, index, _cache_layer(model, path, index), owner, up, family.down, family, decoder)
+        yield Block(path, index, cache_layer(model, path, index), owner, up, family.down, family, decoder)
 
 
-def _cache_layer(model: nn.Module, path: str, index: int) -> int:
-    """Return the place in a KV cache of the attention nearest to a feed-forward; `index` where there is none."""
-    while path:
-        found = [getattr(module, "layer_idx", None) for module in model.get_submodule(path).modules()]
-        if places := [place for place in found if isinstance(place, int)]:
-            return min(places)
+def cache_layer(model: nn.Module, path: str, index: int) -> int:
+    """Return the place in a KV cache of the layer that a feed-forward belongs to.
+
+    It is that of the attention nearest to it; `index` where its layer has none.
+    """
+    while path and not path.rpartition(".")[2].isdigit():
         path = path.rpartition(".")[0]
-    return index
+    if not path:
+        return index
+    found = [getattr(module, "layer_idx", None) for module in model.get_submodule(path).modules()]
+    places = [place for place in found if isinstance(place, int)]
+    return min(places) if places else index
 
 
 def _has_projections(module: nn.Module, paths: tuple[str, ...]) -> bool:

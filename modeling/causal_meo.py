@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_meo import LayerRouting, decoder_cache, is_routed, route_cache, routings
 from .errors_meo import RoutingError
@@ -30,6 +30,11 @@ class Stack:
     reads: Reads
     layers: tuple[int, ...]
     num_layers: int
+
+    @staticmethod
+    def clock(cache: Cache) -> Any:
+        """Return the cache layer that counts positions; None where all layers keep a state of fixed size."""
+        return next((layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)), None)
 
     def route(self, cache: Cache) -> None:
         """Make room for routing state in a cache that has none."""
@@ -71,7 +76,8 @@ class CausalCall:
         """Go on beside a cache; returns the routing state of its first merged feed-forward."""
         stack.route(cache)
         layer: Any = cache.layers[stack.layers[0]]
-        self.cache, self.static = cache, layer.is_compileable
+        clock = stack.clock(cache)
+        self.cache, self.static = cache, clock is not None and clock.is_compileable
         self.recording = bool(layer.record_past) and not self.static
         self.still = inference and not torch.is_grad_enabled()
         self.keeps = self.still and not torch.compiler.is_compiling()
@@ -129,7 +135,7 @@ def open_causal(
         if starts is not None:
             raise RoutingError("packed rows cannot go with a KV cache: pass one sequence per row")
         memory = call.attach(cache, stack, inference)
-        call.past = _past(cache.layers[stack.layers[0]], memory, call.static, compiling)
+        call.past = _past(stack.clock(cache), memory, call.static, compiling)
     if memory.rows not in (None, rows):
         raise RoutingError(f"the KV cache's routing state has {memory.rows} rows, this batch has {rows}")
 
@@ -163,11 +169,13 @@ def open_causal(
     return call
 
 
-def _past(layer: Any, memory: LayerRouting, static: bool, compiling: bool) -> int:
+def _past(clock: Any, memory: LayerRouting, static: bool, compiling: bool) -> int:
     """Return the number of cached positions; raises RoutingError if the routing state has not seen them."""
+    if clock is None:
+        return memory.slots
     if static and (compiling or memory.frozen):
         return -1  # nobody asks, and to look would make the host wait
-    past = int(layer.get_seq_length())
+    past = int(clock.get_seq_length())
     seen = memory.slots if not static else (past if memory.count is not None else 0)
     if past != seen:
         raise RoutingError(

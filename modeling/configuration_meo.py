@@ -11,7 +11,10 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .errors_meo import MeoConfigError
-from .families_meo import LEVELS, family_of
+from .families_meo import family_of
+from .levels_meo import POOLINGS
+from .moe_families_meo import MoeFamily
+from .moe_settings_meo import MOE_KEYS, num_experts_of, set_top_k, top_k_of
 from .remote_meo import auto_map, write_code_files
 
 SCHEMA_VERSION = 1
@@ -26,6 +29,8 @@ class MeoSettings:
     """The `meo` block of a config, typed.
 
     `level` None means the family's default. `layers` lists the converted layers of each stack, None for all.
+    In a mixture of experts `num_experts` and `top_k` are those of its own config, and not stored here; `pooling` says
+    whether its router reads a group's mean state (`hidden`) or its tokens' gates are averaged (`probs`).
     `default_task` is the task of a batch that carries no `task_ids`. In a decoder, `segment_length` counts the
     tokens per segment, and `routing` says whether gates are frozen at the end of the prompt (`prompt`: the default
     of level `sequence` and `token`) or refreshed with each segment (`segment`). `merged_cache_bytes` bounds what
@@ -37,6 +42,7 @@ class MeoSettings:
     level: str | None = None
     num_experts: int = 8
     top_k: int = 2
+    pooling: str | None = None
     gate_scope: str = "ffn"
     combine: str = "weights"
     router: str = "noisy_top_k"
@@ -75,14 +81,15 @@ class MeoSettings:
         _one_of("router", self.router, ROUTERS)
         _one_of("level", self.level, (None, "segment", "sequence", "token", "task"))
         _one_of("routing", self.routing, (None, *ROUTINGS))
+        _one_of("pooling", self.pooling, (None, *POOLINGS))
         _at_least("num_experts", self.num_experts, 1)
         _at_least("top_k", self.top_k, 1)
+        if self.top_k > self.num_experts:
+            raise MeoConfigError(f"top_k is {self.top_k}, more than num_experts ({self.num_experts}); lower one")
         _at_least("token_reduction", self.token_reduction, 1)
         _at_least("segment_length", self.segment_length, 1)
         if self.merged_cache_bytes is not None:
             _at_least("merged_cache_bytes", self.merged_cache_bytes, 0)
-        if self.top_k > self.num_experts:
-            raise MeoConfigError(f"top_k is {self.top_k}, more than num_experts ({self.num_experts}); lower one")
         if not isinstance(self.balance_loss, (int, float)) or not 0 <= self.balance_loss < float("inf"):
             raise MeoConfigError(f"balance_loss is {self.balance_loss!r}; give a number >= 0 (0 switches it off)")
         if not isinstance(self.tasks, (list, tuple)) or not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -97,8 +104,9 @@ class MeoSettings:
             raise MeoConfigError(f"layers is {self.layers!r}; give indices >= 0, or null for all layers")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the block as plain JSON values."""
-        return asdict(self)
+        """Return the block as plain JSON values; `pooling` only where it has a meaning."""
+        values = asdict(self)
+        return values if self.pooling is not None else {k: v for k, v in values.items() if k != "pooling"}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -117,9 +125,22 @@ def settings_of(config: PreTrainedConfig) -> MeoSettings:
     Raises MeoConfigError where the family, as configured, cannot take the level: a gate reads only what is
     known before the first token it influences, so a causal stack cannot pool its own sequence.
     """
-    settings = MeoSettings.from_dict(config.meo)
+    family = family_of(config.model_type)
+    own = {}
+    if isinstance(family, MoeFamily):
+        own = {"num_experts": num_experts_of(config, family), "top_k": top_k_of(config, family)}
+    settings = MeoSettings.from_dict({**(config.meo or {}), **own})
     settings.level = settings.level or levels_of(config)[0]
     check_level(config, settings.level)
+    if isinstance(family, MoeFamily):
+        if family.refused is not None:
+            raise MeoConfigError(f"{_name(config)} is not converted: {family.refused}")
+        settings.pooling = settings.pooling or family.poolings[0]
+        if settings.pooling not in family.poolings:
+            allowed = ", ".join(family.poolings)
+            raise MeoConfigError(
+                f"pooling {settings.pooling!r} is not possible for {_name(config)}; allowed: {allowed}"
+            )
     if settings.routing is not None and (settings.level == "task" or not is_causal(config)):
         raise MeoConfigError(
             f"routing is {settings.routing!r}, which has no effect at level {settings.level!r} of "
@@ -140,7 +161,8 @@ def is_causal(config: PreTrainedConfig) -> bool:
 
 def levels_of(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the levels that a family, as configured, can take; the default first."""
-    return LEVELS["decoder" if is_causal(config) else family_of(config.model_type).kind]
+    family = family_of(config.model_type)
+    return family.levels["decoder" if is_causal(config) else family.kind]
 
 
 def check_level(config: PreTrainedConfig, level: str) -> None:
@@ -153,6 +175,29 @@ def check_level(config: PreTrainedConfig, level: str) -> None:
         )
 
 
+def read_block(config: PreTrainedConfig, block: dict[str, Any]) -> dict[str, Any]:
+    """Return a checked `meo` block; in a mixture of experts `top_k` goes to the config's own key.
+
+    Raises MeoConfigError for a value that is not allowed, or that has no effect in this family.
+    """
+    family = family_of(config.model_type)
+    if not isinstance(family, MoeFamily):
+        if block.get("pooling") is not None:
+            raise MeoConfigError("pooling has no effect in a model whose experts were dense: leave it out")
+        return MeoSettings.from_dict(block).to_dict()
+    block = dict(block)
+    top_k = block.pop("top_k", None)
+    num_experts = block.pop("num_experts", None)
+    if top_k is not None:
+        set_top_k(config, family, top_k)
+    if num_experts is not None:
+        raise MeoConfigError(f"{_name(config)} has its own experts: num_experts has no effect, leave it out")
+    if unknown := sorted(set(block) - set(MOE_KEYS)):
+        raise MeoConfigError(f"no effect in a mixture of experts: {unknown}; allowed: {sorted((*MOE_KEYS, 'top_k'))}")
+    settings = MeoSettings.from_dict(block)
+    return {name: value for name, value in settings.to_dict().items() if name in MOE_KEYS}
+
+
 class MeoConfigMixin:
     """What a MEO config adds to its Transformers config: the `meo` block, and saving that carries the code."""
 
@@ -163,7 +208,7 @@ class MeoConfigMixin:
         if MeoConfigMixin.on_create is not None:
             MeoConfigMixin.on_create(type(self))
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        self.meo = MeoSettings.from_dict(self.meo).to_dict() if self.meo else None
+        self.meo = read_block(self, self.meo) if self.meo else None  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -175,7 +220,7 @@ class MeoConfigMixin:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save config.json with the full `auto_map`, and all remote-code files beside it."""
         if self.meo:
-            MeoSettings.from_dict(self.meo)
+            read_block(self, self.meo)  # type: ignore[arg-type]
         os.makedirs(save_directory, exist_ok=True)
         write_code_files(save_directory)
         self.auto_map = auto_map(type(self).__name__, self.model_type.removeprefix("meo_"))  # type: ignore[attr-defined]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from .errors_meo import MeoConfigError
-
-Kind = Literal["encoder", "decoder", "encoder-decoder"]
-
-LEVELS: dict[Kind, tuple[str, ...]] = {
-    "encoder": ("sequence", "token", "task"),
-    "encoder-decoder": ("sequence", "token", "task"),
-    "decoder": ("segment", "sequence", "token", "task"),
-}
+from .levels_meo import LEVELS, Kind
+from .moe_families_meo import MOE_FAMILIES, MoeFamily
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,11 @@ class Family:
     def default_level(self) -> str:
         """The level a conversion takes when none is asked for."""
         return LEVELS[self.kind][0]
+
+    @property
+    def levels(self) -> dict[Kind, tuple[str, ...]]:
+        """The levels that each kind of stack can take, the default first."""
+        return LEVELS
 
 
 _TIED = (True, False)
@@ -246,15 +245,16 @@ def _rows() -> list[Family]:
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _rows()}
 
 
-def family_of(model_type: str) -> Family:
-    """Return the row of a family, given its Transformers model type (with or without `meo_`).
+def family_of(model_type: str) -> Family | MoeFamily:
+    """Return the row of a family, dense or MoE, given its Transformers model type (with or without `meo_`).
 
     Raises MeoConfigError for a family that has no row.
     """
-    row = FAMILIES.get(model_type.removeprefix("meo_"))
+    name = model_type.removeprefix("meo_")
+    row = FAMILIES.get(name) or MOE_FAMILIES.get(name)
     if row is None:
         raise MeoConfigError(
-            f"no family row for model type {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
+            f"no family row for model type {model_type!r}; known: {', '.join(sorted(FAMILIES | MOE_FAMILIES))}. "
             "Add one line to families_meo.py."
         )
     return row

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.pytorch_utils import apply_chunking_to_forward
-from transformers.utils import logging
 
 from .blocks_meo import (
     Block,
@@ -29,12 +28,9 @@ from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
 from .families_meo import Family
 from .groups_meo import Groups
-from .merging_meo import combine_outputs, grouped_linear, merge_experts
+from .merger_meo import Linear, Merger
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
-
-logger = logging.get_logger(__name__)
-Linear = Callable[[Tensor], Tensor]
 
 
 class MergedExperts(nn.Module):
@@ -80,7 +76,7 @@ class TokenAdapter(nn.Module):
         return x + self.up(self.down(x.to(self.down.weight.dtype)).relu()).to(x.dtype)
 
 
-class MeoFeedForward(nn.Module):
+class MeoFeedForward(Merger, nn.Module):
     """One feed-forward whose weights are merged from experts for each group of tokens (arXiv 2310.09832)."""
 
     def __init__(self, block: Block, settings: MeoSettings, context: RoutingContext) -> None:
@@ -153,22 +149,13 @@ class MeoFeedForward(nn.Module):
     def _linear_maps(self, call: Call, groups: Groups, source: str, cells: Tensor) -> dict[str, Linear]:
         """Return the linear maps whose gates read `source`, as functions of tokens [N, W, I]."""
         names = self.sources[source]
-        kept = groups.kept()
-        known = all(name in kept for name in names)
-        if known and groups.settled:
-            return {name: _bound(*kept[name]) for name in names}
-        inputs = groups.read(source, cells).to(cells.device)
-        if known and not groups.changed:
-            return {name: _bound(*kept[name]) for name in names}
-        gates = self._gates(source, inputs, call)
-        if known:
-            for name in names:
-                kept[name] = self._merge_into(kept[name], name, gates[name], list(groups.changed))
-        elif groups.keeps and self.combine == "weights" and self._fits(call, groups, names, inputs):
-            kept |= {name: self._merge(name, gates[name]) for name in names}
-        else:
-            return {name: self._linear(name, gates[name], cells.shape[1]) for name in names}
-        return {name: _bound(*kept[name]) for name in names}
+        known = all(name in groups.kept() for name in names)
+        gates: dict[str, Gates] = {}
+        if not (known and groups.settled):
+            inputs = groups.read(source, cells).to(cells.device)
+            if not known or groups.changed:
+                gates = self._gates(source, inputs, call)
+        return self.merged_maps(call, groups, names, gates, cells.shape[1])
 
     def _gates(self, source: str, inputs: Tensor, call: Call) -> dict[str, Gates]:
         """Return the gates of the linear maps that read `source`; in scope `ffn` one router's serve all."""
@@ -183,50 +170,9 @@ class MeoFeedForward(nn.Module):
             call.balance.append(balance * self.balance_loss)
         return gates
 
-    def _linear(self, name: str, gates: Gates, tokens: int) -> Linear:
-        """Return one linear map of the merged experts for groups of some tokens."""
-        if self.combine == "outputs" or tokens == 1:  # for a single token merging only adds traffic
-            stack, bias = self.experts.stack(name)
-            return lambda x: combine_outputs(x.to(stack.dtype), stack, bias, *gates)
-        return _bound(*self._merge(name, gates))
-
-    def _merge(self, name: str, gates: Gates) -> tuple[Tensor, Tensor | None]:
-        stack, bias = self.experts.stack(name)
-        return merge_experts(stack, *gates), None if bias is None else merge_experts(bias, *gates)
-
-    def _merge_into(
-        self, kept: tuple[Tensor, Tensor | None], name: str, gates: Gates, rows: list[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Merge the experts of some rows anew, in place where that is allowed."""
-        merged = self._merge(name, Gates(gates.top_k_index[rows], gates.top_k_weights[rows]))
-        if kept[0].is_inference() and not torch.is_inference_mode_enabled():  # nobody may write to those
-            kept = (kept[0].clone(), None if kept[1] is None else kept[1].clone())
-        for old, new in zip(kept, merged, strict=True):
-            if old is not None:
-                old[rows] = cast(Tensor, new)
-        return kept
-
-    def _fits(self, call: Call, groups: Groups, names: tuple[str, ...], inputs: Tensor) -> bool:
-        """Whether merged experts of all groups may be kept; if not, say so once and combine outputs from now on."""
-        memory = groups.memory
-        if memory is None or memory.crowded:
-            return False
-        stacks = [tensor for name in names for tensor in self.experts.stack(name) if tensor is not None]
-        need = sum(stack[0].nbytes for stack in stacks) * inputs.shape[0]
-        room = self._context.room(call, inputs.device)
-        if need > room:
-            memory.crowded = True
-            warn = logger.warning if not self._context.warned else logger.debug
-            self._context.warned = True
-            warn(
-                f"Merged experts of {inputs.shape[0]} rows need {need / 2**20:,.1f} MiB more in a layer, and "
-                f"{room / 2**20:,.1f} MiB are left of their budget (`merged_cache_bytes` in the config's `meo` block; "
-                "by default a quarter of the free memory). Where they do not fit, each step combines the experts' "
-                "outputs: the same results, slower."
-            )
-            return False
-        call.room = room - need
-        return True
+    def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias stacks of a linear map."""
+        return self.experts.stack(name)
 
     @torch.no_grad()
     def initialize(self, init_weights: Callable[[nn.Module], None]) -> None:
@@ -263,10 +209,6 @@ class MeoFeedForward(nn.Module):
                     weight[expert] = torch.cat([oriented(linear) for linear in linears])
                 if bias is not None and not getattr(bias, "_is_hf_initialized", False):
                     bias[expert] = torch.cat([linear.bias for linear in linears])
-
-
-def _bound(weight: Tensor, bias: Tensor | None) -> Linear:
-    return lambda x: grouped_linear(x, weight, bias)
 
 
 class Absorbed(nn.Identity):

@@ -21,9 +21,12 @@ from .cache_meo import decoder_cache, route_cache
 from .causal_meo import Reads, Stack
 from .configuration_meo import is_causal, meo_config_class, settings_of
 from .errors_meo import MeoConfigError
-from .families_meo import FAMILIES, Family, family_of
-from .feedforward_meo import MeoFeedForward, merged_feed_forwards, replace_blocks
+from .families_meo import FAMILIES, family_of
+from .feedforward_meo import merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
+from .moe_families_meo import MOE_FAMILIES, MoeFamily
+from .moe_layouts_meo import SparseBlock, replace_moe
+from .moe_meo import merged_moe
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
 
@@ -38,7 +41,9 @@ class MeoModelMixin:
         settings = settings_of(self.config)
         context = RoutingContext(settings)
         context.causal = is_causal(self.config)
-        replace_blocks(self, family_of(self.config.model_type), settings, context)  # type: ignore[arg-type]
+        family = family_of(self.config.model_type)
+        replace = replace_moe if isinstance(family, MoeFamily) else replace_blocks
+        replace(self, family, settings, context)  # type: ignore[arg-type]
         self._meo_context = context
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PreTrainedModel) and module is not self:
@@ -54,6 +59,9 @@ class MeoModelMixin:
         super().initialize_weights()  # type: ignore[misc]
         for _, module in merged_feed_forwards(self):  # type: ignore[arg-type]
             module.initialize(self._init_weights)  # type: ignore[attr-defined]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, SparseBlock):
+                module.initialize(self._init_weights)  # type: ignore[attr-defined]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -158,23 +166,24 @@ class MeoGenerationMixin(PromptedGeneration, MeoModelMixin):
 def _mark_stacks(model: PreTrainedModel) -> None:
     """Tell each innermost model around merged feed-forwards what their gates read."""
     context: RoutingContext = model._meo_context  # type: ignore[assignment]
-    owned: dict[PreTrainedModel, list[MeoFeedForward]] = {}
-    for path, module in merged_feed_forwards(model):
+    owned: dict[PreTrainedModel, list[Any]] = {}
+    dense = [(path, module) for path, module in merged_feed_forwards(model)]
+    for path, site in [*dense, *((path, module._meo) for path, module in merged_moe(model))]:
         owner: Any = model
         while path:
             path = path.rpartition(".")[0]
             owner = model.get_submodule(path)
             if isinstance(owner, PreTrainedModel):
                 break
-        owned.setdefault(owner, []).append(module)
-    for stack, modules in owned.items():
-        reads: Reads = "encoder" if modules[0].reads_encoder else "past" if context.causal else "rows"
-        layers = tuple(sorted({module.layer for module in modules}))
+        owned.setdefault(owner, []).append(site)
+    for stack, sites in owned.items():
+        reads: Reads = "encoder" if sites[0].reads_encoder else "past" if context.causal else "rows"
+        layers = tuple(sorted({site.layer for site in sites}))
         depth = stack.config.get_text_config(decoder=True).num_hidden_layers
         stack._meo_stack = Stack(reads, layers, depth)  # type: ignore[assignment]
 
 
-def _routed_forward(base_forward: Callable[..., Any], family: Family) -> Callable[..., Any]:
+def _routed_forward(base_forward: Callable[..., Any], family: Any) -> Callable[..., Any]:
     """Return a forward with the base's signature plus what the gates take, that opens the model's routing call.
 
     No hook: some libraries call `model.forward` itself.
@@ -258,15 +267,20 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 "__init__": _with_stock_body(base, stock_config),
                 "forward": _routed_forward(base.forward, family),
                 **({"prepare_inputs_for_generation": prepared_inputs(base)} if generates else {}),
-                "_keep_in_fp32_modules": in_fp32 + ["down_proj"] * (family.down in in_fp32),
+                "_keep_in_fp32_modules": in_fp32 + ["down_proj"] * (getattr(family, "down", None) in in_fp32),
             },
         )
     return globals()[name]
 
 
+def _known(config_class: Any) -> bool:
+    model_type = getattr(config_class, "model_type", None)
+    return model_type in FAMILIES or model_type in MOE_FAMILIES
+
+
 def __getattr__(name: str) -> Any:
     base = getattr(transformers, name[3:], None) if name.startswith("Meo") else None
     config_class = getattr(base, "config_class", None)
-    if base is not None and issubclass(base, PreTrainedModel) and getattr(config_class, "model_type", None) in FAMILIES:
+    if base is not None and issubclass(base, PreTrainedModel) and _known(config_class):
         return meo_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

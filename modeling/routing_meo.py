@@ -41,6 +41,7 @@ class Call:
     balance: list[Tensor] = field(default_factory=list)
     padding: Tensor | None = None
     causal: CausalCall | None = None
+    routed: dict[str, Any] = field(default_factory=dict)
     room: int | None = None
     refused: str | None = None
 

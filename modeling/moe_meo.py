@@ -1,0 +1,210 @@
+"""Mixture-of-experts blocks that merge: the family's own router reads each group's pooled state, and the selected
+experts' weights become one expert.
+
+Block and modules stay the family's: routers and experts get made subclasses of their classes, so parameter names,
+initialisation and shared experts are inherited. Gates need not sum to one: with s = sum_i g_i the block computes
+y = s * f(x; sum_i (g_i / s) W_i), because raw gates would scale an expert's gate, up and down projections alike.
+
+Legend: B rows, S positions, N groups that share a gate, W tokens per group, T = B * S tokens, D features,
+E experts, K selected experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .groups_meo import Groups
+from .merger_meo import Linear, Merger
+from .router_meo import Gates
+from .routing_meo import Call, RoutingContext
+
+
+@dataclass
+class Site:
+    """Where an MoE block sits: its path, its place in a KV cache, how its gates are pooled, and the block itself."""
+
+    path: str
+    layer: int
+    level: str
+    pooling: str
+    reads_encoder: bool
+    block: Any = None
+
+
+@dataclass
+class Routed:
+    """What a router leaves for its experts in one call: the groups, and the gates of an answer that follows."""
+
+    groups: Groups
+    answer: Groups | None = None
+    answer_gates: tuple[Tensor, Tensor] | None = None
+
+
+class GroupRouter:
+    """What a family's router adds to route groups: it reads what they pool, or pools what it says of their tokens.
+
+    `places` are those of logits, weights and indices in what it returns.
+    """
+
+    _meo: Site
+    _context: RoutingContext
+    places: ClassVar[tuple[int, int, int]] = (0, 1, 2)
+
+    def route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return logits [T, E], weights and indices [T, K] of the family's own router, and what else it returns."""
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Route tokens [T, D] or [B, S, D]; gates come per group [N, K], all else per token."""
+        call = self._context.call()
+        groups = call.groups(self._meo.level, self._meo.layer)
+        if self._meo.pooling == "hidden":
+            cells = groups.split(call.grouped(hidden_states))
+            read = groups.read("hidden", cells)
+            choose = functools.partial(self._route_pooled, hidden_states, args, kwargs)
+            logits, weights, index, *rest = choose(read)
+            logits, *rest = (_spread(x, groups, cells.shape[1]) for x in (logits, *rest))
+        else:
+            logits, weights, index, *rest = self.route(hidden_states, *args, **kwargs)
+            dense = _dense_gates(logits, weights, index)
+            read = groups.read("hidden", groups.split(call.grouped(dense)))
+            choose = functools.partial(_route_mean, weights.shape[-1])
+            _, weights, index = choose(read)
+        groups.close()
+        routed = Routed(groups)
+        causal = call.causal
+        if causal is not None and causal.prompt_end is not None and causal.keeps:
+            routed.answer = causal.answer(self._meo.layer)
+            answered = choose(routed.answer.read("hidden", hidden_states))
+            routed.answer_gates = (answered[1], answered[2])
+        call.routed[self._meo.path] = routed
+        outputs = dict(zip(self.places, (logits, weights, index), strict=True))
+        return (*(outputs.get(place) for place in range(max(self.places) + 1)), *rest)
+
+    def _route_pooled(self, like: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], read: Tensor) -> Any:
+        """Route one pooled state per group [N, D], shaped as the tokens are."""
+        shape = (read.shape[0], *[1] * (like.dim() - 2), read.shape[-1])
+        return self.route(read.to(like.device, like.dtype).reshape(shape), *args, **kwargs)
+
+
+def _spread(x: Tensor, groups: Groups, width: int) -> Tensor:
+    """Give each token what its group has: [N, ...] -> [T, ...]."""
+    tokens = groups.join(x.reshape(x.shape[0], 1, -1).expand(-1, width, -1))
+    return tokens.reshape(-1, *x.shape[1:])
+
+
+def _dense_gates(logits: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """Return each token's gate for every expert, zero for those that it did not select: [T, E]."""
+    weights, index = weights.reshape(-1, weights.shape[-1]), index.reshape(-1, index.shape[-1])
+    dense = torch.zeros(len(weights), logits.shape[-1], dtype=torch.float32, device=weights.device)
+    return dense.scatter_add(1, index, weights.to(dense.dtype))
+
+
+def _route_mean(top_k: int, inputs: Tensor) -> tuple[None, Tensor, Tensor]:
+    """Keep the experts that a group's tokens weigh most [N, E], renormalised to the tokens' mean total."""
+    weights, index = inputs.topk(top_k, dim=-1)
+    total = weights.sum(-1, keepdim=True)
+    return None, weights * (inputs.sum(-1, keepdim=True) / torch.where(total == 0, 1, total)), index
+
+
+class MergedExpertsMixin(Merger):
+    """What a family's experts module adds to run one merged expert per group."""
+
+    _meo: Site
+    act_fn: Any
+    post_expert_norm: Any
+    is_transposed: bool = False
+    zero_expert_num: int = 0
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run tokens [T, D] or [B, S, D] through the experts that their groups' gates [N, K] merge."""
+        call = self._context.call()
+        routed: Routed = call.routed.pop(self._meo.path)
+        x = routed.groups.split(call.grouped(hidden_states))  # [N, W, D]
+        gates, scale, identity = self._normalise(top_k_index, top_k_weights)
+        y = self._weigh(x, self._run(call, routed.groups, gates), scale[:, None, None])
+        if identity is not None:
+            y = y + identity[:, None, None] * x
+        y = routed.groups.join(y.to(hidden_states.dtype))
+        if routed.answer is not None and routed.answer_gates is not None:
+            weights, index = routed.answer_gates
+            answer, _, _ = self._normalise(index, weights)
+            self._prepare(call, routed.answer, answer, x.shape[1])
+        return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """Names of the linear maps in the order of their use."""
+        first = "gate_up_proj" if hasattr(self, "gate_up_proj") else "up_proj"
+        return first, "down_proj"
+
+    def _normalise(self, index: Tensor, weights: Tensor) -> tuple[Gates, Tensor, Tensor | None]:
+        """Return gates that sum to one, their sum [N], and the share of experts that return their input."""
+        wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        identity = None
+        if self.zero_expert_num:
+            experts = self.stack("down_proj")[0].shape[0]
+            identity = torch.where(index >= experts, wide, 0).sum(-1)
+            wide, index = torch.where(index >= experts, 0, wide), index.clamp(max=experts - 1)
+        total = wide.sum(-1, keepdim=True)
+        return Gates(index, wide / torch.where(total == 0, 1, total)), total[:, 0], identity
+
+    def _weigh(self, x: Tensor, y: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+        """Apply the sum of the gates [N, 1, 1] to the merged expert `y`."""
+        return y(x) * scale
+
+    def _run(self, call: Call, groups: Groups, gates: Gates) -> Callable[[Tensor], Tensor]:
+        """Return the merged expert as a function of tokens [N, W, D]."""
+
+        def run(x: Tensor) -> Tensor:
+            linear = self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates), x.shape[1])
+            y = self._compute(linear, x)
+            return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+        return run
+
+    def _compute(self, linear: dict[str, Linear], x: Tensor) -> Tensor:
+        first, last = self.maps
+        return linear[last](self._activate(linear[first](x)))
+
+    def _prepare(self, call: Call, groups: Groups, gates: Gates, tokens: int) -> None:
+        """Merge what an answer will need now, because a compiled step could not keep it."""
+        self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates), tokens)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if not hasattr(self, "gate_up_proj"):
+            return self.act_fn(h)
+        if hasattr(self, "_apply_gate"):
+            return self._apply_gate(h)
+        gate, up = h.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return weights [E, O, I], a view where the family stores them transposed, and biases [E, O]."""
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias", None)
+        return weight.transpose(1, 2) if self.is_transposed else weight, bias
+
+
+@functools.cache
+def merging_class(mixin: type, base: Any) -> Any:
+    """Return the class that a family's module gets, made once."""
+    return type(f"Meo{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+def merge_module(module: nn.Module, mixin: type, site: Site, context: RoutingContext, combine: str) -> None:
+    """Make a live module merge: it keeps its parameters and gets a made subclass of its class."""
+    module.__class__ = merging_class(mixin, type(module))  # type: ignore[arg-type]
+    module._meo, module._context, module.combine = site, context, combine  # type: ignore[assignment]
+
+
+def merged_moe(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield path and module of everything that merges the experts of an MoE block."""
+    for path, module in model.named_modules():
+        if isinstance(module, MergedExpertsMixin):
+            yield path, module
