@@ -35,7 +35,8 @@ class MeoSettings:
     tokens per segment, and `routing` says whether gates are frozen at the end of the prompt (`prompt`: the default
     of level `sequence` and `token`) or refreshed with each segment (`segment`). `merged_cache_bytes` bounds what
     merged experts take beside a KV cache; None means a quarter of the free memory. `source` holds id and commit of the
-    dense checkpoint, `meo_hf_version` the version that wrote the block.
+    source checkpoint, `meo_hf_version` the version that wrote the block. `weights` names a repository and commit, or a
+    folder and its files, where the weights of a mixture of experts have stayed.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -55,6 +56,7 @@ class MeoSettings:
     tasks: list[str] = field(default_factory=lambda: ["default"])
     default_task: str | None = None
     source: dict[str, str | None] | None = None
+    weights: dict[str, Any] | None = None
     meo_hf_version: str | None = None
 
     @classmethod
@@ -104,9 +106,8 @@ class MeoSettings:
             raise MeoConfigError(f"layers is {self.layers!r}; give indices >= 0, or null for all layers")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the block as plain JSON values; `pooling` only where it has a meaning."""
-        values = asdict(self)
-        return values if self.pooling is not None else {k: v for k, v in values.items() if k != "pooling"}
+        """Return the block as plain JSON values; `pooling` and `weights` only where they say something."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("pooling", "weights")}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -128,6 +129,8 @@ def settings_of(config: PreTrainedConfig) -> MeoSettings:
     family = family_of(config.model_type)
     own = {}
     if isinstance(family, MoeFamily):
+        if (count := num_experts_of(config, family)) < 2:
+            raise MeoConfigError(f"{_name(config)} has {count} experts here: its config makes a dense model")
         own = {"num_experts": num_experts_of(config, family), "top_k": top_k_of(config, family)}
     settings = MeoSettings.from_dict({**(config.meo or {}), **own})
     settings.level = settings.level or levels_of(config)[0]

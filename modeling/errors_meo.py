@@ -9,6 +9,10 @@ class MeoConfigError(MeoError, ValueError):
     """A `meo` block or a load option is invalid; the message says which and what is allowed."""
 
 
+class ReferenceSourceError(MeoError, OSError):
+    """The weights that a model refers to are not pinned, not there, or not the ones it was made for."""
+
+
 class RoutingError(MeoError, ValueError):
     """The inputs of a forward pass do not say which tokens share a gate."""
 

@@ -25,8 +25,9 @@ from .families_meo import FAMILIES, family_of
 from .feedforward_meo import merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
 from .moe_families_meo import MOE_FAMILIES, MoeFamily
-from .moe_layouts_meo import SparseBlock, replace_moe
+from .moe_layouts_meo import SparseBlock, replace_moe, stacking_conversions
 from .moe_meo import merged_moe
+from .reference_meo import break_links, load_options, source_of
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
 
@@ -53,6 +54,37 @@ class MeoModelMixin:
         if settings.default_task is not None:
             context.task = settings.tasks.index(settings.default_task)
         super().post_init()  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load as Transformers does; weights that stayed at their source are fetched from there.
+
+        Raises ReferenceSourceError if that source is not pinned, not there or has changed.
+        """
+        name = pretrained_model_name_or_path
+        if not isinstance(config, PreTrainedConfig) and name is not None:
+            config, kwargs = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
+                config or name, return_unused_kwargs=True, **kwargs
+            )
+        weights = (getattr(config, "meo", None) or {}).get("weights")
+        if weights is None or name is None:
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)  # type: ignore[misc]
+        source, pinned = source_of(weights)
+        options = {**load_options(kwargs), **pinned, "use_safetensors": True}
+        loaded = super().from_pretrained(source, *model_args, config=config, **options)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(name)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as Transformers does, with all weights; files that are links to a source's are replaced, not changed."""
+        if kwargs.get("is_main_process", True):
+            break_links(save_directory)
+        if self.config.meo and self.config.meo.get("weights"):
+            self.config.meo = {k: v for k, v in self.config.meo.items() if k != "weights"}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint filled, the merged feed-forwards like their dense originals."""
@@ -237,11 +269,14 @@ def _with_stock_body(base: type[PreTrainedModel], stock_config: type[PreTrainedC
     return __init__
 
 
-def _share_conversions(stock: str, made: str) -> None:
-    """Load and save under the names on disk that Transformers maps for the stock class or model type."""
+def _share_conversions(stock: str, made: str, stacked: list[Any]) -> None:
+    """Load and save under the names on disk that Transformers maps for the stock class or model type.
+
+    `stacked` are conversions of this code's own, for a model type whose experts are modules.
+    """
     mapping = get_checkpoint_conversion_mapping(stock)
-    if mapping is not None:
-        register_checkpoint_conversion_mapping(made, mapping, overwrite=True)
+    if mapping is not None or stacked:
+        register_checkpoint_conversion_mapping(made, [*(mapping or []), *stacked], overwrite=True)
 
 
 def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -251,8 +286,9 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         stock_config = cast("type[PreTrainedConfig]", base.config_class)
         config_class = meo_config_class(stock_config)
         family = family_of(config_class.model_type)
-        _share_conversions(base.__name__, name)
-        _share_conversions(stock_config.model_type, config_class.model_type)
+        stacked = stacking_conversions() if getattr(family, "layout", None) == "modules" else []
+        _share_conversions(base.__name__, name, [])
+        _share_conversions(stock_config.model_type, config_class.model_type, stacked)
         generates = issubclass(base, GenerationMixin)
         mixin = MeoGenerationMixin if generates else MeoModelMixin
         in_fp32 = list(base._keep_in_fp32_modules or [])

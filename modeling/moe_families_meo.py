@@ -43,6 +43,12 @@ class MoeFamily:
         return MOE_LEVELS
 
 
+_DIFFUSION = "its decoder denoises a whole block of tokens at once, so no segment is known before the next"
+_DOGE = "its experts are single neurons looked up by product keys: there are no weight matrices to merge"
+_ERNIE_VL = "its blocks see text and image tokens apart, without their places in the row, so no group can be formed"
+_VITPOSE = "its expert is chosen by the caller (`dataset_index`), one per image: no gate, nothing to merge"
+
+
 def _rows() -> list[MoeFamily]:
     common = (
         "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
@@ -52,7 +58,7 @@ def _rows() -> list[MoeFamily]:
         "longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mistral4",
         "mixtral", "nemotron_h", "olmoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
         "qwen4_exp_text", "solar_open",
-        "deepseek_ocr2", "diffusion_gemma", "dots3_note", "glm4v_moe", "glm5_next", "inkling_mm_model", "inkling2",
+        "deepseek_ocr2", "dots3_note", "glm4v_moe", "glm5_next", "inkling_mm_model", "inkling2",
         "minimax_m3_vl", "mistral_large4", "muse_spark", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "qwen3_5_moe",
         "qwen4_exp", "step3p7", "unlimited_ocr",
     )  # fmt: skip
@@ -62,6 +68,9 @@ def _rows() -> list[MoeFamily]:
         MoeFamily("aria", top_k="moe_topk"),
         MoeFamily("dbrx", layout="dbrx", top_k="ffn_config.moe_top_k"),
         MoeFamily("deepseek_v4", poolings=("probs",)),
+        MoeFamily("diffusion_gemma", top_k="top_k_experts", refused=_DIFFUSION),
+        MoeFamily("doge", refused=_DOGE),
+        MoeFamily("ernie4_5_vl_moe", refused=_ERNIE_VL),
         MoeFamily("gemma4_text", top_k="top_k_experts"),
         MoeFamily("gemma4", top_k="top_k_experts"),
         MoeFamily("hunyuan_v1_moe", top_k="moe_topk"),
@@ -72,6 +81,7 @@ def _rows() -> list[MoeFamily]:
         MoeFamily("openai_privacy_filter", "encoder"),
         MoeFamily("phimoe", chooses_top_k=False),
         MoeFamily("switch_transformers", "encoder-decoder", layout="modules", top_k=1, poolings=("hidden",)),
+        MoeFamily("vitpose_backbone", "encoder", refused=_VITPOSE),
         MoeFamily("zaya", poolings=("probs",)),
     ]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from .blocks_meo import cache_layer
 from .configuration_meo import MeoSettings
@@ -264,6 +265,17 @@ def stacked_state(block: Any) -> dict[str, Tensor]:
     return state
 
 
+def stacking_conversions() -> list[WeightConverter]:
+    """Return how one module per expert on disk becomes `StackedExperts`, and back."""
+    names = {"wi.weight": "up_proj", "wo.weight": "down_proj"}  # Switch Transformers
+    for linear, stack in (("fc1", "up_proj"), ("fc2", "down_proj")):  # NLLB-MoE
+        names |= {f"{linear}.weight": stack, f"{linear}.bias": f"{stack}_bias"}
+    return [
+        WeightConverter(f".experts.expert_*.{name}", f".experts.{stack}", [MergeModulelist(dim=0)])
+        for name, stack in names.items()
+    ]
+
+
 def _stacks(module: Any) -> bool:
     stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
     return sum(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks) == 2
@@ -294,8 +306,9 @@ def _merge_jetmoe(module: Any, merge: Callable[..., None]) -> None:
 
 
 def router_of(module: Any) -> Any:
-    """Return the router of an MoE block."""
-    return getattr(module, "gate", None) or getattr(module, "router", None)
+    """Return the router of an MoE block, None where there is none."""
+    found = (getattr(module, name, None) for name in ("gate", "router"))
+    return next((router for router in found if isinstance(router, nn.Module)), None)
 
 
 def is_block(module: Any, layout: Layout) -> bool:
@@ -307,10 +320,17 @@ def is_block(module: Any, layout: Layout) -> bool:
         return hasattr(module, "route_tokens_to_experts") and hasattr(getattr(experts, "mlp", None), "w1")
     if layout == "modules":
         return isinstance(experts, nn.ModuleDict) and hasattr(module, "router")
-    return isinstance(router_of(module), nn.Module) and _stacks(experts)
+    return router_of(module) is not None and _stacks(experts)
 
 
 MERGE = {"stacked": _merge_stacked, "dbrx": _merge_dbrx, "llama4": _merge_llama4, "jetmoe": _merge_jetmoe}
+
+
+def expert_tensors(block: Any) -> list[Tensor]:
+    """Return the weights of all experts of a block, without biases."""
+    owners = [block.experts] if hasattr(block, "experts") else [block.input_linear, block.output_linear]
+    named = (pair for owner in owners for pair in owner.named_parameters())
+    return [parameter for name, parameter in named if parameter.dim() > 1 and not name.endswith("bias")]
 
 
 def layer_number(path: str) -> int:

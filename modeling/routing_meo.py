@@ -163,7 +163,7 @@ def open_call(
     _check_arguments(context, call, outer is None, find)
     if outer is not None:
         _inherit(call, outer)
-    if call.mask is None:
+    if call.mask is None and not (outer is not None and call.rows == outer.rows):  # else the model itself made it
         call.mask = mask
     stack: Stack | None = getattr(owner, "_meo_stack", None)
     if stack is not None and context.settings.level == "task":

@@ -55,7 +55,6 @@ _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-
 _FREE = _without(_COMMON, "num_experts_per_tok")
 _KDA = {**_without(_MLA, "n_routed_experts", "q_lora_rank"), "num_local_experts": 8}
 _GEMMA4 = {
@@ -123,18 +122,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {**_GRANITES, "shared_intermediate_size": 20},
     "granitemoehybrid": {**_GRANITES, **_MAMBA2, "shared_intermediate_size": 20},
     "jamba": {**_NAMED, "num_hidden_layers": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
-    "ernie4_5_moe": {
-        **_without(_MOE, "num_experts", "num_experts_per_tok"),
-        "moe_num_experts": 6,
-        "moe_k": 2,
-    },
+    "ernie4_5_moe": {**_without(_MOE, "num_experts", "num_experts_per_tok"), "moe_num_experts": 6, "moe_k": 2},
     "glm4_moe": {**_ROUTED, "head_dim": 8},
     "dots1": _ROUTED,
-    "hunyuan_v1_moe": {
-        **_without(_NAMED, "num_experts_per_tok"),
-        "head_dim": 8,
-        "moe_topk": 2,
-    },
+    "hunyuan_v1_moe": {**_without(_NAMED, "num_experts_per_tok"), "head_dim": 8, "moe_topk": 2},
     "minimax": {**_LOCAL, "head_dim": 8, "block_size": 4},
     "minimax_m2": {**_LOCAL, "head_dim": 8, "rotary_dim": 8},
     "afmoe": {**_MOE, "head_dim": 8, "sliding_window": 4},
@@ -158,11 +149,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "prefix_dense_intermediate_size": 40,
     },
-    "bailing_hybrid": {
-        **_without(_MLA, "n_routed_experts", "q_lora_rank"),
-        "num_local_experts": 8,
-        "head_dim": 8,
-    },
+    "bailing_hybrid": {**_KDA, "head_dim": 8},
     "solar_open": {**_ROUTED, "head_dim": 8},
     "switch_transformers": {
         **_TOKENS,
@@ -173,7 +160,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_decoder_layers": 4,
         "num_heads": 4,
         "num_experts": 6,
-        "pad_token_id": 1,
         "decoder_start_token_id": 1,
         "dropout_rate": 0.0,
     },
@@ -194,10 +180,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "attention_dropout": 0.0,
     },
-    "jetmoe": {
-        **_without(_LOCAL, "num_attention_heads"),
-        "kv_channels": 8,
-    },
+    "jetmoe": {**_without(_LOCAL, "num_attention_heads"), "kv_channels": 8},
     "llama4_text": {**_LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 40, "head_dim": 8},
     "dbrx": {
         **_TOKENS,
@@ -415,11 +398,7 @@ SIZES["vitpose_backbone"] = {
     "part_features": 8,
 }
 
-_GRANITE = {
-    "hidden_act": "silu",
-    "residual_multiplier": 0.22,
-    "tie_word_embeddings": True,
-}
+_GRANITE = {"hidden_act": "silu", "residual_multiplier": 0.22, "tie_word_embeddings": True}
 _NOAUX = {
     "hidden_act": "silu",
     "norm_topk_prob": True,
@@ -620,7 +599,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "ffn_config.moe_normalize_expert_weights": 1.0,
         "tie_word_embeddings": False,
     },
-    "aria_text": {"moe_num_shared_experts": 2, "mlp_bias": False, "tie_word_embeddings": False},
+    "aria_text": {"hidden_act": "silu", "moe_num_shared_experts": 2, "mlp_bias": False, "tie_word_embeddings": False},
     "axk1": {**_LISTED, "n_group": 4, "topk_group": 2},
     "axk2": {**_LISTED, "n_group": None, "topk_group": None},
     "beam": {
@@ -773,7 +752,7 @@ _TEXTS_PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "glm4v_moe": _without(PUBLISHED["glm4_moe"], "use_qk_norm"),
     "glm5_next": {
-        **_without(_LISTED, "hidden_act"),
+        **_LISTED,
         "n_group": 1,
         "topk_group": 1,
         "swiglu_limit": 10.0,
@@ -855,6 +834,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
         "topk_method": ("group_limited_greedy", "greedy"),
         **_GROUPS,
         "n_shared_experts": (2, 1),
+        "mlp_bias": (False, True),
     },
     "deepseek_v3": {**_NOAUX_SWITCHES, **_GROUPS},
     "gpt_oss": {**_TIED, "swiglu_alpha": (1.702, 1.0), "swiglu_limit": (7.0, 0.5)},
@@ -973,7 +953,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
         "ffn_config.ffn_act_fn": ({"name": "silu"}, {"name": "gelu"}),
         "ffn_config.moe_normalize_expert_weights": (1.0, None),
     },
-    "aria_text": {**_TIED, "moe_num_shared_experts": (2, 1), "mlp_bias": (False, True)},
+    "aria_text": {**_BASE, "moe_num_shared_experts": (2, 1), "mlp_bias": (False, True)},
     "axk1": {**_LISTED_SWITCHES, **_GROUPS},
     "axk2": {**_LISTED_SWITCHES, "n_group,topk_group": ((None, None), (4, 2))},
     # normed after the experts: of norm_topk_prob and routed_scaling_factor only the norm's epsilon shows
@@ -983,6 +963,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
         **_BASE,
         "scoring_func": ("sqrtsoftplus", "sigmoid"),
         "routed_scaling_factor": (1.5, 1.0),
+        "mlp_bias": (False, True),
         "swiglu_limit": (10.0, 0.5),
         "mlp_layer_types": (["hash_moe", "moe", "moe"], ["moe", "moe", "moe"]),
     },
@@ -1010,11 +991,12 @@ SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
         **_BASE,
         "num_shared_experts": (1, 2),
         "router_scaling_factor": (2.826, 1.0),
+        "mlp_bias": (False, True),
         "enable_moe_fp32_combine": (True, False),  # shows below and above fp32 only
         "mlp_layer_types": _LEADING,
     },
     "hy_v4": {
-        **_without(_LISTED_SWITCHES, "hidden_act"),
+        **_LISTED_SWITCHES,
         "routed_scaling_factor": (2.827, 1.0),
         "n_group,topk_group": ((1, 1), (4, 2)),
         "swiglu_limit": (10.0, 0.5),
@@ -1048,7 +1030,6 @@ SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
         **_BASE,
         "routed_scaling_factor": (6.0, 1.0),
         "zero_expert_num": (3, 0),
-        "router_bias": (False, True),
     },
     "mellum": {**_BASE, **_NORM, "mlp_layer_types": _LEADING[::-1]},
     "mimo_v2_flash": {
@@ -1098,7 +1079,7 @@ _TEXTS_SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "glm4v_moe": SWITCHES["glm4_moe"],
     "glm5_next": {
-        **_without(_LISTED_SWITCHES, "hidden_act"),
+        **_LISTED_SWITCHES,
         "n_group,topk_group": ((1, 1), (4, 2)),
         "swiglu_limit": (10.0, 0.5),
     },
@@ -1122,6 +1103,7 @@ _TEXTS_SWITCHES: dict[str, dict[str, tuple[Any, Any]]] = {
         "swiglu_limits": (None, [0.5, 0.5, 0.5]),
         "swiglu_limits_shared": (None, [0.5, 0.5, 0.5]),
         "share_expert_dim": (20, 12),
+        "mlp_bias": (False, True),
         "mlp_layer_types": _LEADING,
     },
     "unlimited_ocr": _OCR2_SWITCHES,
@@ -1202,19 +1184,22 @@ def _drawn(module: nn.Module, name: str, old: Tensor, generator: torch.Generator
 
 
 def _gain(owners: list[nn.Module], spread_of_logits: float) -> float:
-    """Return the factor on a router's weights at which its logits have a standard deviation."""
+    """Return the factor on a router's weights for a spread of its logits, behind its own fixed scales."""
     scales = [getattr(owner, name, 1.0) for owner in owners for name in ("scalar_root_size", "output_multiplier")]
     return spread_of_logits / math.prod(scales)
 
 
 @torch.no_grad()
 def spread_moe(model: PreTrainedModel, seed: int = 0, spread_of_logits: float = 2.5) -> PreTrainedModel:
-    """Give a model weights of a size at which a wrong route or expert shows in the logits; by name, so that
-    two models differ only in what their configs make them compute."""
+    """Give a model weights, each by its name, of a size at which a wrong route or expert shows in the logits."""
+    drawn = set()
     for path, module in sorted(model.named_modules()):
         owners = [module, *([model.get_submodule(path.rpartition(".")[0])] if path else [])]
         routes = path.endswith("router_gate") or any(_ROUTERS.search(type(owner).__name__) for owner in owners)
         for name, tensor in sorted([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]):
+            if id(tensor) in drawn:
+                continue
+            drawn.add(id(tensor))
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}.{name}".encode()))
             if isinstance(tensor, nn.Parameter):
                 tensor.copy_(_drawn(module, name, tensor, generator))

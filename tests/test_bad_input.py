@@ -90,9 +90,9 @@ def meo_model(folder: Path) -> None:
     convert(folder / "src", folder / "meo", num_experts=2, verify="none")
 
 
-@bad(UnsupportedError, ValueError, "is a mixture of experts already (num_local_experts)")
-def moe_model(folder: Path) -> None:
-    stock(folder, transformers.MixtralConfig(num_local_experts=4, hidden_size=32, num_hidden_layers=1))
+@bad(UnsupportedError, ValueError, "doge is refused: its experts are single neurons looked up by product keys")
+def refused_mixture(folder: Path) -> None:
+    stock(folder, transformers.DogeConfig(is_moe=True, hidden_size=32, num_hidden_layers=1))
 
 
 @bad(UnsupportedError, ValueError, "is quantised: convert the unquantised checkpoint, then quantise the result")

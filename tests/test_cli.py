@@ -13,15 +13,16 @@ import pytest
 import torch
 from checkpoints import listing, run_cli, saved, tensors
 from meo_hf.modeling.families_meo import FAMILIES
+from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny import tiny_dense
-from transformers import BertModel, MixtralConfig
+from transformers import BertModel, DogeConfig
 
 from meo_hf import __version__, cli, convert, inspect
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "bench")
+COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -169,11 +170,11 @@ def test_inspect_says_what_a_folder_is(tmp_path: Path) -> None:
 
 
 def test_inspect_says_why_a_model_is_refused(tmp_path: Path) -> None:
-    MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path / "moe")
+    DogeConfig(num_hidden_layers=1, is_moe=True).save_pretrained(tmp_path / "moe")
     done = run_cli("inspect", tmp_path / "moe")
     assert done.code == 0
     assert "convertible no: " in words(done.out)
-    assert "mixture of experts already" in words(done.out)
+    assert "there are no weight matrices to merge" in words(done.out)
     assert "no safetensors" in words(done.out)
     (tmp_path / "moe/config.json").write_text("[]")
     assert run_cli("inspect", tmp_path / "moe").code == 2
@@ -194,9 +195,11 @@ def test_families_lists_every_row_and_what_is_refused() -> None:
     done = run_cli("families")
     assert done.code == 0
     rows = [[cell.strip() for cell in line.split("│")] for line in done.out.splitlines() if line.startswith("│")]
-    assert [row[1] for row in rows if row[1]] == list(FAMILIES)
+    kept = [name for name, row in MOE_FAMILIES.items() if row.refused is None]
+    assert [row[1] for row in rows if row[1]] == [*FAMILIES, *kept]
     refused = [line for line in done.out.splitlines() if line.startswith("refused: ")]
-    assert any("mixture-of-experts" in line for line in refused)
+    for name, row in MOE_FAMILIES.items():
+        assert (row.refused is not None) == any(f"refused: {name}: " in line for line in refused)
     assert any("quantised" in line for line in refused)
 
 
@@ -205,7 +208,7 @@ def test_verify_and_extract_commands(tmp_path: Path) -> None:
     convert(source, tmp_path / "meo", num_experts=2, verify="none", level="task", tasks=["sst2"])
     done = run_cli("verify", tmp_path / "meo", "--mode", "none")
     assert done.code == 0
-    assert "files have the recorded sha256" in words(done.out)
+    assert "files are as recorded" in words(done.out)
     done = run_cli("extract", tmp_path / "meo", tmp_path / "back", "--task", "sst2")
     assert done.code == 0
     assert "needs no remote code" in done.out

@@ -123,7 +123,7 @@ def test_card(pushed: Path) -> None:
         "3, of which 2 are merged",
         "Converted layers | 0, 1",
         f"{report['parameters_after']:,}",
-        "x dense, linear maps",
+        "x the source's, linear maps",
         'revision="COMMIT", trust_remote_code=True',
         "runs the Python files of this repository",
         "Not verified",

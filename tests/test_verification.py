@@ -14,8 +14,7 @@ from checkpoints import edit_json, listing, run_cli, saved
 from safetensors.torch import load_file, save_file
 
 from meo_hf import convert, verify_output
-from meo_hf.conversion import births, verification
-from meo_hf.conversion import convert as conversion
+from meo_hf.conversion import births, dense_convert, verification
 from meo_hf.conversion.births import Stacked
 from meo_hf.conversion.safetensors_files import raw_bytes
 from meo_hf.errors import CheckFailedError, CheckpointError
@@ -76,7 +75,7 @@ def test_sample_check_passes(family: str, options: dict[str, object], tmp_path: 
 def test_models_that_do_not_fit_are_checked_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the choice: what `sample` then checks is tested above."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setattr(conversion, "verify_files", lambda plan, folder, mode, *_: [])
+    monkeypatch.setattr(dense_convert, "verify_files", lambda plan, folder, mode, *_: [])
     report = convert(saved("bert", tmp_path / "dense"), tmp_path / "meo", num_experts=2)
     assert report.verification == "sample"
     assert "do not fit in memory" in report.warnings[0]
@@ -109,7 +108,7 @@ def test_spoilt_bytes_are_found(
 ) -> None:
     """Against the sources; the child process is not asked, it has tests of its own below."""
     source = saved("bert", tmp_path / "dense")
-    written, write = [], conversion.write_tensors
+    written, write = [], dense_convert.write_tensors
 
     def write_badly(targets: object, folder: Path, *rest: object) -> object:
         shards = write(targets, folder, *rest)
@@ -117,8 +116,8 @@ def test_spoilt_bytes_are_found(
         written.append(folder)
         return shards
 
-    monkeypatch.setattr(conversion, "write_tensors", write_badly)
-    monkeypatch.setattr(verification, "_child_checks", lambda *_: [])
+    monkeypatch.setattr(dense_convert, "write_tensors", write_badly)
+    monkeypatch.setattr(verification, "run_child", lambda *_: [])
     before = listing(tmp_path)
     done = run_cli("convert", source, tmp_path / "meo", "--num-experts", "3", "--verify", mode)
     assert done.code == 1
@@ -178,7 +177,7 @@ def test_failed_output_replaces_an_earlier_one_but_never_the_good_one(
     convert(source, tmp_path / "meo", num_experts=2, verify="none")
     good = listing(tmp_path / "meo")
     failed = [verification.Check("made to fail", False, "by a test")]
-    monkeypatch.setattr(conversion, "verify_files", lambda *_: failed)
+    monkeypatch.setattr(dense_convert, "verify_files", lambda *_: failed)
     for seed in (1, 2):
         with pytest.raises(CheckFailedError, match="made to fail"):
             convert(source, tmp_path / "meo", num_experts=2, seed=seed, overwrite=True)
@@ -195,12 +194,12 @@ def test_verify_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     report = verify_output(tmp_path / "meo", "full")
     assert report.passed
-    assert [check.name for check in report.checks][:2] == ["files have the recorded sha256", BYTES]
+    assert [check.name for check in report.checks][:2] == ["files are as recorded", BYTES]
     assert "logits equal the source's, gates spread" in [check.name for check in report.checks]
 
 
 def test_verify_notices_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_child_checks", lambda *_: [])
+    monkeypatch.setattr(verification, "run_child", lambda *_: [])
     source = saved("bert", tmp_path / "dense")
     convert(source, tmp_path / "meo", num_experts=2, verify="none")
     shutil.copytree(tmp_path / "meo", tmp_path / "spoilt")

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from meo_hf.cli_bench import bench
+from meo_hf.cli_compare import compare_command
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
 if TYPE_CHECKING:
-    from meo_hf.conversion.convert import Progress
+    from meo_hf.conversion.progress import Progress
 
 app = typer.Typer(
     name="meo-hf",
@@ -51,6 +52,13 @@ class Routing(str, Enum):
 
     segment = "segment"
     prompt = "prompt"
+
+
+class Pooling(str, Enum):
+    """How a mixture of experts' gates are pooled."""
+
+    hidden = "hidden"
+    probs = "probs"
 
 
 class GateScope(str, Enum):
@@ -109,7 +117,10 @@ def convert_command(
     source: Src,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     num_experts: Annotated[int | None, typer.Option(help="Experts per feed-forward.  [default: 8]")] = None,
-    top_k: Annotated[int, typer.Option(help="Experts that are merged for each gate.")] = 2,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Experts that are merged for each gate.  [default: 2; of a mixture of experts its own]"),
+    ] = None,
     level: Annotated[
         Level | None, typer.Option(help="Who shares a gate.  [default: sequence; segment for decoder-only models]")
     ] = None,
@@ -123,6 +134,20 @@ def convert_command(
             "[default: segment at level segment, else prompt]"
         ),
     ] = None,
+    pooling: Annotated[
+        Pooling | None,
+        typer.Option(
+            help="Gates of a mixture of experts: its router reads a group's mean state, or its tokens' gates are "
+            "averaged.  [default: hidden, where the family allows it]"
+        ),
+    ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Of a mixture of experts write config and code only.")
+    ] = False,
+    align: Annotated[
+        bool, typer.Option("--align", help="Permute a mixture's experts so that they can be averaged.")
+    ] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy a mixture's weight files, do not link them.")] = False,
     expert_init: Annotated[ExpertInit, typer.Option(help="How experts are born from SRC.")] = ExpertInit.copy,
     layers: Annotated[str, typer.Option(help="Layers to convert: all, even, odd, last:N or i,j,...")] = "all",
     gate_scope: Annotated[GateScope, typer.Option(help="One gate per feed-forward or per linear map.")] = GateScope.ffn,
@@ -153,7 +178,7 @@ def convert_command(
     push_revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Message of the pushed commit.")] = None,
 ) -> None:
-    """Convert a dense checkpoint into a MEO model."""
+    """Convert a dense checkpoint or a mixture of experts into a MEO model."""
     from meo_hf.conversion.convert import convert
     from meo_hf.tables import report_table
 
@@ -164,6 +189,10 @@ def convert_command(
             num_experts=num_experts,
             top_k=top_k,
             level=_value(level),
+            pooling=_value(pooling),
+            reference=reference,
+            align=align,
+            copy=copy,
             segment_length=segment_length,
             routing=_value(routing),
             expert_init=expert_init.value,
@@ -209,10 +238,11 @@ def inspect_command(
 @app.command("families")
 def families_command() -> None:
     """List what can be converted, and what is refused and why."""
-    from meo_hf.tables import REFUSED, families_table
+    from meo_hf.tables import families_table, moe_families_table, refusals
 
     out.print(families_table())
-    for line in REFUSED:
+    out.print(moe_families_table())
+    for line in refusals():
         out.print(f"refused: {line}", markup=False, soft_wrap=True)
 
 
@@ -287,6 +317,9 @@ def demo_command(
         out.print(line, markup=False, soft_wrap=True)
 
 
+app.command("compare")(compare_command)
+
+
 def _value(choice: Enum | None) -> Any:
     return None if choice is None else choice.value
 
@@ -297,7 +330,7 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    from meo_hf.conversion.convert import Progress
+    from meo_hf.conversion.progress import Progress
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:

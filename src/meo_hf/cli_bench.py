@@ -59,7 +59,7 @@ def decode_command(
         device=device,
         seed=seed,
     )
-    _check_outputs(json_file, plot)
+    check_outputs(json_file, plot)
     machine = Machine.look(settings.device)
     name = public_name(source)
     models = _build_models(source, settings)
@@ -85,7 +85,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise UsageError(f"--top-k is {text!r}: give whole numbers, separated by commas") from None
 
 
-def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
+def check_outputs(json_file: Path | None, plot: Path | None) -> None:
     """Refuse before a long run what could not be written after it."""
     if plot is not None and find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'meo_hf[plot]'")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from meo_hf.conversion.convert import Progress, convert
+from meo_hf.conversion.convert import convert
+from meo_hf.conversion.progress import Progress
 from meo_hf.errors import CheckFailedError, SourceError
 from meo_hf.tables import report_table
 

@@ -1,6 +1,12 @@
 """Errors of meo_hf; each is also the builtin error that a caller would expect."""
 
-from meo_hf.modeling.errors_meo import MeoConfigError, MeoError, RoutingContextError, RoutingError
+from meo_hf.modeling.errors_meo import (
+    MeoConfigError,
+    MeoError,
+    ReferenceSourceError,
+    RoutingContextError,
+    RoutingError,
+)
 
 __all__ = [
     "CheckFailedError",
@@ -11,6 +17,7 @@ __all__ = [
     "MeoConfigError",
     "MeoError",
     "OutputError",
+    "ReferenceSourceError",
     "RoutingContextError",
     "RoutingError",
     "SourceError",

@@ -9,10 +9,12 @@ from rich.text import Text
 
 from meo_hf.conversion.inspection import Inspection
 from meo_hf.conversion.report import ConversionReport
-from meo_hf.modeling.families_meo import FAMILIES, LEVELS
+from meo_hf.installed import families_without_row, installed_rows
+from meo_hf.modeling.families_meo import FAMILIES
+from meo_hf.modeling.levels_meo import LEVELS, MOE_LEVELS
+from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
 
 REFUSED = (
-    "mixture-of-experts models: not supported yet",
     "quantised models: convert the unquantised checkpoint, then quantise the result",
     "models that are MEO already: nothing to convert",
     "families without a row: the error names what was found and proposes the row",
@@ -43,8 +45,8 @@ def report_table(report: ConversionReport) -> Table:
         "output": report.output,
         "class": report.model_class,
         "level": meo["level"] + _detail(meo),
-        "experts": f"{meo['num_experts']}, {meo['top_k']} merged per gate, gate scope {meo['gate_scope']}",
-        "born by": ", ".join(e["id"] for e in report.experts) or report.options["expert_init"],
+        "experts": f"{meo['num_experts']}, {meo['top_k']} merged per gate, " + _gating(meo),
+        "born by": _birth(report),
         "layers": ", ".join(map(str, report.layers)),
         "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
         "FLOPs per token": f"{report.flops_dense:,} -> {report.flops_meo:,} "
@@ -52,19 +54,50 @@ def report_table(report: ConversionReport) -> Table:
         "tensors": f"{report.tensors['copied']} copied, {report.tensors['expert_stacks']} expert stacks, "
         f"{report.tensors['new']} new (routers{', token blocks' if meo['level'] == 'token' else ''})",
     }
+    if report.is_moe:
+        rows["tensors"] = f"{report.tensors['copied']}, {_WEIGHTS[report.weights]}"
     if report.dry_run:
-        rows["would write"] = f"{report.bytes_to_write:,} bytes"
+        rows["would write"] = f"{report.bytes_to_write:,} bytes of weights"
         rows["memory needed"] = f"about {(report.working_memory + 700 * 2**20) / 2**20:,.0f} MiB, without checks"
         return _two_columns("Plan (dry run: nothing was written)", rows)
-    rows["written"] = f"{report.bytes_to_write:,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
+    rows["written"] = f"{_bytes_written(report):,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
     for name, file in report.files.items():
-        rows[f"sha256 {name}"] = file["sha256"]
+        if "sha256" in file:
+            rows[f"sha256 {name}"] = file["sha256"]
+        else:
+            rows[f"{file['how']} {name}"] = f"{file['bytes']:,} bytes"
+    for row in report.alignment:
+        rows[f"distance of experts, layer {row['layer']}"] = f"{row['before']:.4f} -> {row['after']:.4f}"
     for check in report.checks:
         rows["passed" if check.passed else "FAILED"] = ""
         rows[f"  {check.name}"] = check.detail
     rows.pop("passed", None)
     rows["checks"] = "not verified" if report.verification == "none" else f"{report.verification}: all passed"
     return _two_columns("Converted", rows)
+
+
+_WEIGHTS = {
+    "link": "untouched: the files are hard links to the source's",
+    "copy": "untouched: the files are copies of the source's",
+    "reference": "not here: loaded from the source",
+    "rewrite": "experts' neurons permuted, all else copied",
+}
+
+
+def _bytes_written(report: ConversionReport) -> int:
+    return 0 if report.weights in ("link", "reference") else report.bytes_to_write
+
+
+def _gating(meo: dict[str, Any]) -> str:
+    if "gate_scope" in meo:
+        return f"gate scope {meo['gate_scope']}"
+    return "its router reads a group's mean state" if meo["pooling"] == "hidden" else "its tokens' gates are averaged"
+
+
+def _birth(report: ConversionReport) -> str:
+    if report.is_moe:
+        return "the source's own"
+    return ", ".join(e["id"] for e in report.experts) or report.options["expert_init"]
 
 
 def checks_table(report: ConversionReport) -> Table:
@@ -98,12 +131,37 @@ def inspection_table(found: Inspection) -> Table:
 
 
 def families_table() -> Table:
-    """Show every family row with its kind and levels."""
-    table = Table(title=f"{len(FAMILIES)} families", title_justify="left")
+    """Show every dense family's row with its kind and levels."""
+    table = Table(title=f"{len(FAMILIES)} dense families", title_justify="left")
     for column in ("model type", "kind", "feed-forward", "levels"):
         table.add_column(column)
     for row in FAMILIES.values():
         names = " or ".join("/".join(up) for up in row.up)
-        levels = ", ".join(f"{level} (default)" if level == row.default_level else level for level in LEVELS[row.kind])
-        table.add_row(row.model_type, row.kind, f"{names}, {row.down}", levels)
+        table.add_row(row.model_type, row.kind, f"{names}, {row.down}", _default_first(LEVELS[row.kind]))
     return table
+
+
+def moe_families_table() -> Table:
+    """Show every mixture-of-experts family of the installed Transformers that has a row and is not refused."""
+    rows = [MOE_FAMILIES[name] for name in installed_rows() if MOE_FAMILIES[name].refused is None]
+    table = Table(title=f"{len(rows)} mixture-of-experts families", title_justify="left")
+    for column in ("model type", "kind", "levels", "pooling", "top_k"):
+        table.add_column(column)
+    for row in rows:
+        chosen = "can be chosen" if row.chooses_top_k and isinstance(row.top_k, str) else "is the router's own"
+        table.add_row(
+            row.model_type, row.kind, _default_first(MOE_LEVELS[row.kind]), _default_first(row.poolings), chosen
+        )
+    return table
+
+
+def _default_first(names: tuple[str, ...]) -> str:
+    return ", ".join([f"{names[0]} (default)", *names[1:]])
+
+
+def refusals() -> list[str]:
+    """Return what is refused, and why."""
+    rows = [MOE_FAMILIES[name] for name in installed_rows()]
+    refused = [f"{row.model_type}: {row.refused}" for row in rows if row.refused is not None]
+    missing = [f"{name}: a mixture of experts without a row yet" for name in families_without_row()]
+    return [*REFUSED, *refused, *missing]

@@ -76,7 +76,7 @@ def _metadata(report: ConversionReport, source: Source, license_: str | None) ->
         pipeline_tag=getattr(own, "pipeline_tag", None) or _pipeline_tag(report.model_class),
         base_model=bases or None,
         tags=["meo", "merging-experts", "custom_code"],
-        base_model_relation=("merge" if report.experts else "finetune") if bases else None,
+        base_model_relation=("merge" if report.experts or report.is_moe else "finetune") if bases else None,
     )
 
 
@@ -90,20 +90,18 @@ def _text(report: ConversionReport, license_: str | None) -> str:
     source = f"{public_name(report.source['id'])}" + (
         f" at `{report.source['commit']}`" if report.source["commit"] else ""
     )
-    experts = (
-        "; ".join(public_name(expert["id"]) for expert in report.experts)
-        or f"born by `{report.options['expert_init']}`"
-    )
+    born = "the source's own" if report.is_moe else f"born by `{report.options['expert_init']}`"
+    experts = "; ".join(public_name(expert["id"]) for expert in report.experts) or born
     auto = auto_class_of(report.family, report.model_class.removeprefix("Meo"))
     rows = {
         "Source": source,
         "Level": f"`{meo['level']}` ({_level_text(report)})",
         "Experts": f"{meo['num_experts']}, of which {meo['top_k']} are merged; {experts}",
-        "Gate scope": f"`{meo['gate_scope']}`",
+        "Gates": _gates_text(report),
         "Tasks": ", ".join(meo["tasks"]) if meo["level"] == "task" else "none",
         "Converted layers": ", ".join(map(str, report.layers)),
-        "Parameters": f"{report.parameters_after:,} (dense: {report.parameters_before:,})",
-        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.4f} x dense, linear maps, "
+        "Parameters": f"{report.parameters_after:,} (source: {report.parameters_before:,})",
+        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.4f} x the source's, linear maps, "
         f"{report.tokens_per_merge} tokens per merged expert, a merge charged as top_k * weights",
         "Licence": license_ or "none stated by the source",
     }
@@ -115,7 +113,7 @@ def _text(report: ConversionReport, license_: str | None) -> str:
 
 A [MEO](https://arxiv.org/abs/2310.09832) variant ("Merging Experts into One"): each feed-forward holds several
 experts; a router selects some, their *weights* are merged into one, and only that one runs.
-
+{_weights_text(report)}
 | | |
 |---|---|
 {table}
@@ -156,7 +154,33 @@ Made with meo_hf {report.versions["meo_hf"]}; `meo_report.json` has the sha256 o
 """
 
 
+def _gates_text(report: ConversionReport) -> str:
+    if not report.is_moe:
+        return f"one per {'linear map' if report.meo['gate_scope'] == 'projection' else 'feed-forward'}"
+    if report.meo["pooling"] == "hidden":
+        return "the source's router, reading each group's mean state"
+    return "the source's router, its gates averaged over each group's tokens"
+
+
+def _weights_text(report: ConversionReport) -> str:
+    if not report.is_moe:
+        return ""
+    weights = {
+        "link": "The weight files are the source's, untouched.",
+        "copy": "The weight files are the source's, untouched.",
+        "reference": "The weights are not in this repository: loading fetches them from the source at its commit.",
+        "rewrite": "Each expert's hidden neurons were permuted to match the first expert's; the rest is the source's.",
+    }
+    return f"""
+The source is a mixture of experts, which chooses experts for each token and adds their outputs. This variant chooses
+them for a whole group of tokens and adds their *weights*: a different function, with other quality.
+{weights[report.weights]}
+"""
+
+
 def _birth(report: ConversionReport) -> str:
+    if report.is_moe:
+        return "moe"
     return "given" if report.experts else report.options["expert_init"]
 
 
@@ -176,5 +200,6 @@ _BIRTH_TEXT = {
     "copy": "All experts start as copies of the dense feed-forward: before training it computes what the source does.",
     "noise": "Experts are noisy copies of the dense feed-forward; fine-tune before use.",
     "drop-upcycle": "Half of each expert's neurons were drawn anew (arXiv 2502.19261); fine-tune before use.",
+    "moe": "Compare it with its source before use (`meo-hf compare`); fine-tuning may be needed.",
     "given": "Experts come from different checkpoints and routers are untrained; fine-tune before use.",
 }

@@ -1,14 +1,11 @@
-"""Convert a dense checkpoint into a MEO model: plan, write beside, check, rename."""
+"""Convert a checkpoint into a MEO model: plan, write beside, check, rename."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,23 @@ import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from meo_hf.conversion.card import licenses_of, resolve_license, write_card
-from meo_hf.conversion.companions import write_companions
+from meo_hf.conversion.dense_convert import DenseConversion
 from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.hub import check_login, check_push, push_folder
-from meo_hf.conversion.plan import Options, Plan, build_plan
-from meo_hf.conversion.report import Check, ConversionReport, report_of
+from meo_hf.conversion.moe_convert import MoeConversion
+from meo_hf.conversion.output import check_output, check_space, keep_failed, written_beside
+from meo_hf.conversion.placement import Placement
+from meo_hf.conversion.plan import Options
+from meo_hf.conversion.progress import SILENT, Progress
+from meo_hf.conversion.report import Check, ConversionReport
 from meo_hf.conversion.safetensors_files import sha256_of
-from meo_hf.conversion.source import Source, open_source, public_name
-from meo_hf.conversion.verification import MODES, mode_that_fits, outside_differences, verify_files
-from meo_hf.conversion.write import write_tensors
-from meo_hf.errors import CheckFailedError, OutputError, UsageError
+from meo_hf.conversion.source import Source, open_source
+from meo_hf.conversion.verification import MODES
+from meo_hf.errors import CheckFailedError, UsageError
+from meo_hf.modeling.moe_families_meo import MoeFamily
+from meo_hf.modeling.reference_meo import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SPARE_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What to call while a conversion runs: `stage(name, bytes)` at each stage, `advance(bytes)` within it."""
-
-    stage: Callable[[str, int], None] = lambda name, total: None
-    advance: Callable[[int], None] = lambda count: None
 
 
 def convert(
@@ -44,8 +37,9 @@ def convert(
     output: str | os.PathLike[str],
     *,
     num_experts: int | None = None,
-    top_k: int = 2,
+    top_k: int | None = None,
     level: str | None = None,
+    pooling: str | None = None,
     segment_length: int | None = None,
     routing: str | None = None,
     expert_init: str = "copy",
@@ -53,6 +47,9 @@ def convert(
     gate_scope: str = "ffn",
     tasks: Sequence[str] = (),
     experts: Sequence[str | os.PathLike[str]] = (),
+    reference: bool = False,
+    align: bool = False,
+    copy: bool = False,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     max_shard_size: str = "5GB",
@@ -68,15 +65,22 @@ def convert(
     private: bool = False,
     push_revision: str | None = None,
     commit_message: str | None = None,
-    progress: Progress = Progress(),
+    progress: Progress = SILENT,
 ) -> ConversionReport:
-    """Convert a dense checkpoint into a MEO model and return what was done.
+    """Convert a dense checkpoint or a mixture of experts into a MEO model and return what was done.
 
     `source` is a Hub id, a folder or a GGUF file; `experts` are checkpoints of the same family that each become
     one expert (8 copies of the source's own feed-forwards if none are given). `level` defaults to `sequence`, for
     decoder-only models to `segment`; there `segment_length` is the number of tokens per segment (256 if not given)
     and `routing` freezes the gates at the end of the prompt (`prompt`, the default of level `sequence`) or refreshes
-    them with each segment (`segment`). `verify` is `full`, `sample` (also taken where both models do not fit in memory)
+    them with each segment (`segment`).
+
+    A mixture of experts keeps its own experts, router and weight files: they are hard-linked where that is possible,
+    copied with `copy`, or left at the source with `reference` (a Hub repository at its commit, or a folder); `align`
+    writes them anew with permuted neurons. `top_k` defaults to the source's own, for dense models to 2; `pooling` is
+    `hidden` or `probs`.
+
+    `verify` is `full`, `sample` (also taken where both models do not fit in memory)
     or `none`. Nothing is written in a `dry_run`.
 
     Raises the errors of `meo_hf.errors`: UsageError, SourceError, UnsupportedError, OutputError and others before
@@ -93,6 +97,7 @@ def convert(
         num_experts=num_experts,
         top_k=top_k,
         level=level,
+        pooling=pooling,
         segment_length=segment_length,
         routing=routing,
         gate_scope=gate_scope,
@@ -102,25 +107,28 @@ def convert(
         dtype=_dtype(dtype),
         seed=seed,
     )
+    placement = Placement(reference, align, copy)
     read = SourceOptions(source_revision, token, trust_remote_code, allow_pickle)
     if not dry_run:
         check_output(output, overwrite, names)
         if push_to_hub is not None:
             check_login(push_to_hub, private, token)
     with ExitStack() as stack:
-        opened = _open_all(names, read, stack)
-        plan = build_plan(opened[0], opened[1:], options)
+        opened = _open_all(names, read, stack, weights=not reference)
+        conversion = _conversion(opened, options, placement, max_shard_size)
+        if push_to_hub is not None and reference and opened[0].commit is None:
+            raise UsageError("a reference to a folder here is of no use on the Hub: leave --reference or the push out")
         licenses = licenses_of(opened)
         license_ = resolve_license(licenses, license)
-        report = report_of(plan, output, _remembered(options, read, max_shard_size))
+        report = conversion.report(output, _remembered(options, placement, read, max_shard_size))
         report.licenses = licenses
         report.dry_run = dry_run
         if dry_run:
             return report
-        _check_space(output, plan.nbytes)
+        check_space(output, report.bytes_to_write)
         with written_beside(output, overwrite) as folder:
-            _write(plan, folder, report, max_shard_size, progress)
-            _check(plan, folder, report, verify, progress)
+            conversion.write(folder, report, progress)
+            conversion.check(folder, report, verify, progress)
             write_card(report, opened[0], license_, folder)
             report.save(folder)
             if not report.passed:
@@ -132,45 +140,25 @@ def convert(
     return report
 
 
-def _open_all(names: list[str], read: SourceOptions, stack: ExitStack) -> list[Source]:
+def _conversion(
+    opened: list[Source], options: Options, placement: Placement, max_shard_size: str
+) -> DenseConversion | MoeConversion:
+    """Plan the conversion of opened sources, dense or a mixture of experts."""
+    if isinstance(opened[0].family, MoeFamily):
+        return MoeConversion(opened, options, placement, max_shard_size)
+    for name, asked in (("--reference", placement.reference), ("--align", placement.align), ("--copy", placement.copy)):
+        if asked:
+            raise UsageError(f"{name} needs a mixture of experts; {opened[0].name} is dense: leave it out")
+    return DenseConversion(opened, options, max_shard_size)
+
+
+def _open_all(names: list[str], read: SourceOptions, stack: ExitStack, weights: bool = True) -> list[Source]:
     opened = []
     for number, name in enumerate(names):
         options = read if number == 0 else SourceOptions(None, read.token, read.trust_remote_code, read.allow_pickle)
-        opened.append(open_source(name, options))
+        opened.append(open_source(name, options, weights))
         stack.callback(opened[-1].close)
     return opened
-
-
-def _write(plan: Plan, folder: Path, report: ConversionReport, max_shard_size: str, progress: Progress) -> None:
-    progress.stage("writing", plan.nbytes)
-    start = time.perf_counter()
-    shards = write_tensors(plan.targets, folder, max_shard_size, progress.advance)
-    report.files = {shard.name: {"bytes": shard.nbytes, "sha256": shard.sha256} for shard in shards}
-    plan.config.save_pretrained(folder)
-    for lost in write_companions(plan.source, folder):
-        report.warnings.append(f"not carried over: {lost}")
-    report.write_seconds = round(time.perf_counter() - start, 3)
-
-
-def _check(plan: Plan, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:
-    mode = mode_that_fits(plan, verify)
-    report.verification = mode
-    if mode != verify:
-        report.warnings.append("both models do not fit in memory: checked layer by layer (sample), not as a whole")
-    if mode == "none":
-        if plan.experts:
-            report.warnings.append("the experts' tensors outside the feed-forwards were not compared with the source's")
-        return
-    if plan.experts:
-        report.experts = outside_differences(plan)
-        for expert in report.experts:
-            if count := expert["outside_differing"] + expert["outside_only_here"]:
-                report.warnings.append(
-                    f"{public_name(expert['id'])} differs from the source in {count} tensors outside the "
-                    "feed-forwards: the source's are used"
-                )
-    progress.stage(f"checking ({mode})", plan.nbytes)
-    report.checks = verify_files(plan, folder, mode, progress.advance)
 
 
 def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str | None = None) -> ConversionReport:
@@ -181,9 +169,9 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     """
     folder = Path(folder).expanduser().absolute()
     report = ConversionReport.load(folder)
-    wrong = [n for n, f in report.files.items() if not (folder / n).is_file() or sha256_of(folder / n) != f["sha256"]]
+    wrong = [name for name, kept in report.files.items() if not _unchanged(folder / name, kept)]
     detail = f"{len(report.files)} files" if not wrong else f"changed or missing: {', '.join(wrong)}"
-    report.checks = [Check("files have the recorded sha256", not wrong, detail)]
+    report.checks = [Check("files are as recorded", not wrong, detail)]
     if wrong:
         return report
     kept = dict(report.options)
@@ -191,20 +179,30 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     options = Options(
         **{k: kept[k] for k in asdict(Options())} | {"dtype": _dtype(kept["dtype"]), "tasks": tuple(kept["tasks"])}
     )
+    placement = Placement(**{k: kept[k] for k in asdict(Placement())})
+    names = [report.source["id"], *(expert["id"] for expert in report.experts)]
     with ExitStack() as stack:
-        opened = _open_all([report.source["id"], *(expert["id"] for expert in report.experts)], read, stack)
-        plan = build_plan(opened[0], opened[1:], options)
-        report.verification = mode_that_fits(plan, mode)
-        report.checks += verify_files(plan, folder, report.verification)
+        opened = _open_all(names, read, stack, weights=not placement.reference)
+        _conversion(opened, options, placement, kept["max_shard_size"]).check(folder, report, mode, SILENT)
     return report
 
 
-def _remembered(options: Options, read: SourceOptions, max_shard_size: str) -> dict[str, Any]:
+def _unchanged(path: Path, recorded: dict[str, Any]) -> bool:
+    """Return whether a file is as its report says: by its whole hash, or of an untouched file by size and header."""
+    if not path.is_file():
+        return False
+    if "sha256" in recorded:
+        return sha256_of(path) == recorded["sha256"]
+    return fingerprint(path) == {key: recorded[key] for key in ("bytes", "header_sha256")}
+
+
+def _remembered(options: Options, placement: Placement, read: SourceOptions, max_shard_size: str) -> dict[str, Any]:
     """What a later `verify` needs to build the same plan; never the token."""
     dtype = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
     reading = {"trust_remote_code": read.trust_remote_code, "allow_pickle": read.allow_pickle}
     return {
         **asdict(options),
+        **asdict(placement),
         "tasks": list(options.tasks),
         "dtype": dtype,
         "max_shard_size": max_shard_size,
@@ -227,91 +225,6 @@ def _check_shard_size(text: str) -> None:
         size = 0
     if size <= 0:
         raise UsageError(f"--max-shard-size {text!r} is not understood: give a size like 500MB or 5GB")
-
-
-def check_output(output: Path, overwrite: bool, sources: Sequence[str]) -> None:
-    """Raise OutputError or UsageError if the output may not be written where it was asked for."""
-    place = output.resolve()
-    for source in sources:
-        path = Path(source).expanduser().resolve()
-        if (path.is_dir() and (path == place or path in place.parents)) or (place in path.parents and path.exists()):
-            raise UsageError(f"the output {output} and the source {source} lie in each other: give another output")
-    parent = _existing_parent(output)
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file, no folder to write in: give another output")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"no permission to write in {parent}: give another output")
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists: give another output, or pass --overwrite")
-    if (
-        output.exists()
-        and not (output / "config.json").is_file()
-        and not (output.is_dir() and not any(output.iterdir()))
-    ):
-        raise OutputError(
-            f"{output} is no model folder (no config.json in it), so it is not overwritten: remove it yourself"
-        )
-
-
-def _existing_parent(output: Path) -> Path:
-    return next((folder for folder in output.parents if folder.exists()), output)
-
-
-def _check_space(output: Path, nbytes: int) -> None:
-    parent = _existing_parent(output)
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + SPARE_BYTES:
-        raise OutputError(
-            f"{nbytes / 1e9:.2f} GB are needed in {parent}, {free / 1e9:.2f} GB are free: make room, or give another "
-            "output"
-        )
-
-
-@contextmanager
-def written_beside(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder beside the output; rename it when all went well, remove it when not."""
-    missing = [parent for parent in output.parents if not parent.exists()]
-    folder = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        folder.chmod(0o755)
-        yield folder
-        replace(folder, output, overwrite)
-    except OSError as error:
-        if error.errno is not None and not hasattr(error, "response"):
-            raise OutputError(f"writing {output} failed ({error.strerror or error}): nothing was kept") from error
-        raise
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):  # it holds the output, or was never made
-                parent.rmdir()
-
-
-def replace(folder: Path, output: Path, overwrite: bool) -> None:
-    """Rename a finished folder to its place; an existing one goes only once the new one stands."""
-    if not (output.exists() and overwrite):
-        folder.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    output.rename(old / output.name)
-    try:
-        folder.rename(output)
-    except BaseException:
-        (old / output.name).rename(output)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def keep_failed(folder: Path, output: Path) -> Path:
-    """Keep an output whose check failed as `OUTPUT.failed`, in the place of an earlier one."""
-    failed = output.with_name(f"{output.name}.failed")
-    shutil.rmtree(failed, ignore_errors=True)
-    folder.rename(failed)
-    return failed
 
 
 def _failure(report: ConversionReport, kept: Path) -> str:

@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meo_hf.conversion.births import Copied, Recipe
 from meo_hf.conversion.companions import write_companions
-from meo_hf.conversion.convert import _check_space, check_output, written_beside
 from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.names import disk_names, live_names
+from meo_hf.conversion.output import check_output, check_space, written_beside
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
 from meo_hf.conversion.source import Source, index_tensors, meta_model
 from meo_hf.conversion.write import write_tensors
@@ -81,7 +81,7 @@ def extract(
     dense_config = _dense_config(config)
     dense_class = getattr(transformers, meo_class.__name__.removeprefix("Meo"))
     targets = _targets(meta_model(meo_class, config), meta_model(dense_class, dense_config), tensors, settings, index)
-    _check_space(output, sum(spec.nbytes for spec, _ in targets.values()))
+    check_space(output, sum(spec.nbytes for spec, _ in targets.values()))
     with written_beside(output, overwrite) as partial:
         write_tensors(targets, partial, max_shard_size)
         dense_config.architectures = [dense_class.__name__]

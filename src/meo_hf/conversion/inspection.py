@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from meo_hf.conversion.fetch import SourceOptions, locate
+from meo_hf.conversion.moe_plan import build_moe_plan
 from meo_hf.conversion.plan import Options, build_plan
-from meo_hf.conversion.safetensors_files import TensorRef, known_spec
+from meo_hf.conversion.safetensors_files import TensorRef
 from meo_hf.conversion.source import (
     Source,
     check_supported,
-    first_line,
     index_tensors,
     load_config,
     raw_config,
     readable,
+    remote_headers,
 )
-from meo_hf.errors import MeoError, SourceError
+from meo_hf.errors import MeoError
 from meo_hf.modeling.configuration_meo import levels_of
+from meo_hf.modeling.moe_families_meo import MoeFamily
 
 
 @dataclass
@@ -50,7 +52,7 @@ def inspect(source: str | os.PathLike[str], *, revision: str | None = None, toke
     options = SourceOptions(revision=revision, token=token)
     folder, commit, gguf_file = locate(name, options, weights=False)
     with readable(name):
-        tensors = index_tensors(folder) if Path(name).expanduser().exists() else _remote_headers(name, commit, token)
+        tensors = index_tensors(folder) if Path(name).expanduser().exists() else remote_headers(name, commit, token)
         raw = raw_config(folder) if gguf_file is None else load_config(folder, gguf_file, options).to_dict()
     refs = list(tensors.values())
     dtypes: dict[str, int] = {}
@@ -80,26 +82,15 @@ def _say_convertible(
         check_supported(config, found.source)
         source = Source(found.source, folder, found.commit, config, tensors)
         found.levels = levels_of(source.config)
-        if tensors:
+        if tensors and isinstance(source.family, MoeFamily):
+            moe = build_moe_plan(source, Options())
+            found.facts = {
+                "experts": f"{moe.num_experts}, of which the source selects {moe.source_top_k}",
+                "layers with experts": len(moe.layers),
+                "weights": "stay as they are",
+            }
+        elif tensors:
             plan = build_plan(source, [], Options())
             found.facts = {"layers": len(plan.layers), "parameters as MEO, 8 experts": plan.parameters[1]}
     except MeoError as error:
         found.convertible = str(error)
-
-
-def _remote_headers(name: str, commit: str | None, token: str | None) -> dict[str, TensorRef]:
-    """Read the headers of a Hub repository's safetensors files without their weights."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    try:
-        metadata = HfApi(token=token).get_safetensors_metadata(name, revision=commit)
-    except NotASafetensorsRepoError:
-        return {}
-    except Exception as error:  # the HTTP library below has errors of its own kind
-        raise SourceError(f"{name}: headers could not be fetched ({first_line(error)}): try again") from None
-    return {
-        tensor: TensorRef(known_spec(name, tensor, info.dtype, info.shape), Path(file), 0)
-        for file, parsed in metadata.files_metadata.items()
-        for tensor, info in parsed.tensors.items()
-    }

@@ -17,10 +17,10 @@ from transformers.core_model_loading import (
 from meo_hf.errors import UnsupportedError
 
 
-def live_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, str]:
+def live_names(model: PreTrainedModel, disk_names: Iterable[str], computed: bool = False) -> dict[str, str]:
     """Return disk name -> live name, as `from_pretrained` of this model would rename them.
 
-    Raises UnsupportedError where loading would also compute new tensors.
+    With `computed`, several tensors may become one. Raises UnsupportedError where loading would compute without it.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -29,7 +29,7 @@ def live_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, s
     names = {}
     for name in disk_names:
         live, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if pattern is not None:
+        if pattern is not None and not computed:
             raise UnsupportedError(f"{name} is converted, not only renamed, when {type(model).__name__} loads it")
         names[name] = live
     return names

@@ -37,8 +37,9 @@ class Options:
     """What the user asked for; see `meo_hf.convert` for each."""
 
     num_experts: int | None = None
-    top_k: int = 2
+    top_k: int | None = None
     level: str | None = None
+    pooling: str | None = None
     segment_length: int | None = None
     routing: str | None = None
     gate_scope: str = "ffn"
@@ -164,6 +165,8 @@ def _meo_config(
         if getattr(options, name) is not None and (level == "task" or not is_causal(source.config)):
             option = name.replace("_", "-")
             raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
+    if options.pooling is not None:
+        raise UsageError(f"--pooling has no effect on a dense model ({source.config.model_type}): leave it out")
     if options.tasks and level != "task":
         raise UsageError(f"--task has no effect at level {level!r}: add --level task, or leave --task out")
     values = source.config.to_dict()
@@ -173,7 +176,7 @@ def _meo_config(
         "schema_version": SCHEMA_VERSION,
         "level": level,
         "num_experts": 8 if num_experts is None else num_experts,
-        "top_k": options.top_k,
+        "top_k": 2 if options.top_k is None else options.top_k,
         "gate_scope": options.gate_scope,
         "layers": layers,
         "tasks": list(options.tasks) or ["default"],
@@ -217,12 +220,12 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
             recipes[name] = Copied(by_live[name])
             used.add(name)
             plan.copied.append(name)
-        elif name not in tied and not _matches(dense._keys_to_ignore_on_load_missing, name):
+        elif name not in tied and not matches(dense._keys_to_ignore_on_load_missing, name):
             plan.missing.append(name)
     to_disk = disk_names(meo, recipes)
     buffers = {name for name, _ in dense.named_buffers()}  # those in no state dict are computed, never loaded
     for live in set(by_live) - used:
-        if live in buffers or _matches(dense._keys_to_ignore_on_load_unexpected, live):
+        if live in buffers or matches(dense._keys_to_ignore_on_load_unexpected, live):
             plan.ignored.append(live)
             continue
         (plan.copied if live in tied else plan.carried).append(live)
@@ -324,7 +327,8 @@ def _dtype_code(plan: Plan, dense: PreTrainedModel, name: str, recipe: Recipe) -
     return CODES[asked]
 
 
-def _matches(patterns: Any, name: str) -> bool:
+def matches(patterns: Any, name: str) -> bool:
+    """Return whether a name matches one of a model class's patterns."""
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meo_hf.conversion.plan import Plan
+from meo_hf.conversion.source import Source
 from meo_hf.errors import CheckpointError
 from meo_hf.version import versions
 
@@ -28,7 +29,9 @@ class ConversionReport:
     """What was converted, how, and what was checked.
 
     Sizes are bytes, times seconds. FLOPs are per token, of all linear maps (attention scores left out), for
-    groups of `tokens_per_merge` tokens with merging charged as top_k * |W| per group.
+    groups of `tokens_per_merge` tokens with merging charged as top_k * |W| per group. `weights` says how they came to
+    the output: `rewrite`, or for a mixture of experts also `link`, `copy` or `reference`; `alignment` holds, per layer,
+    the experts' distance before and after.
     """
 
     source: dict[str, Any]
@@ -49,6 +52,8 @@ class ConversionReport:
     experts: list[dict[str, Any]] = field(default_factory=list)
     tokens_per_merge: int = 128
     write_seconds: float | None = None
+    weights: str = "rewrite"
+    alignment: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     verification: str = "none"
     checks: list[Check] = field(default_factory=list)
@@ -56,6 +61,11 @@ class ConversionReport:
     licenses: dict[str, str | None] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the source was a mixture of experts, which keeps its experts and its router."""
+        return "gate_scope" not in self.meo
 
     @property
     def passed(self) -> bool:
@@ -83,17 +93,8 @@ class ConversionReport:
 def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionReport:
     """Describe a plan that was not applied yet."""
     before, after = plan.parameters
-    warnings = []
-    if plan.missing:
-        warnings.append(
-            f"{len(plan.missing)} tensors are in no source file and will be newly initialised on load, as stock does "
-            f"with this source: {_some(plan.missing)}"
-        )
-    if plan.carried:
-        name = plan.source.model_class().__name__
-        warnings.append(f"{len(plan.carried)} tensors unknown to {name} were carried over: {_some(plan.carried)}")
     return ConversionReport(
-        source={"id": plan.source.lasting_name, "commit": plan.source.commit, "format": plan.source.format},
+        source=source_entry(plan.source),
         output=str(output),
         family=plan.source.family.model_type,
         model_class=plan.model_class.__name__,
@@ -117,9 +118,27 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
             "newly_initialised_on_load": plan.missing,
         },
         experts=[{"id": one.lasting_name, "commit": one.commit} for one in plan.experts],
-        warnings=warnings,
+        warnings=warnings_of(plan.missing, plan.carried, plan.source.model_class().__name__),
         versions=versions(),
     )
+
+
+def source_entry(source: Source) -> dict[str, Any]:
+    """Return what a report says of a source."""
+    return {"id": source.lasting_name, "commit": source.commit, "format": source.format}
+
+
+def warnings_of(missing: list[str], carried: list[str], model_class: str) -> list[str]:
+    """Return a report's remarks on tensors that have no partner."""
+    warnings = []
+    if missing:
+        warnings.append(
+            f"{len(missing)} tensors are in no source file and will be newly initialised on load, as stock does "
+            f"with this source: {_some(missing)}"
+        )
+    if carried:
+        warnings.append(f"{len(carried)} tensors unknown to {model_class} were carried over: {_some(carried)}")
+    return warnings
 
 
 def _some(names: list[str]) -> str:

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from meo_hf.conversion.fetch import PICKLE_INDEX, SAFETENSORS_INDEX, SourceOptions, locate
-from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, read_header, within
+from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, known_spec, read_header, within
 from meo_hf.errors import CheckpointError, MeoConfigError, MeoError, SourceError, UnsupportedError
 from meo_hf.modeling.blocks_meo import describe_unknown
 from meo_hf.modeling.families_meo import FAMILIES, Family, family_of
+from meo_hf.modeling.moe_families_meo import MOE_FAMILIES, MoeFamily
 from meo_hf.modeling.remote_meo import heads_of
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -55,7 +56,7 @@ class Source:
         return self.folder if self.staging is None else Path(self.staging.name)
 
     @property
-    def family(self) -> Family:
+    def family(self) -> Family | MoeFamily:
         """The family row of the source."""
         return family_of(self.config.model_type)
 
@@ -133,19 +134,20 @@ def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         return model_class(config)
 
 
-def open_source(name: str, options: SourceOptions) -> Source:
-    """Open a checkpoint for conversion.
+def open_source(name: str, options: SourceOptions, weights: bool = True) -> Source:
+    """Open a checkpoint for conversion; without `weights`, a Hub repository's headers are enough.
 
     Raises SourceError if it cannot be found or fetched, CheckpointError if its files are damaged,
     UnsupportedError if it is sound but cannot be converted.
     """
-    folder, commit, gguf_file = locate(name, options)
+    folder, commit, gguf_file = locate(name, options, weights)
     with readable(name):
         config = load_config(folder, gguf_file, options)
         check_supported(config, name)
         if gguf_file is not None:
             return _open_gguf(name, folder, gguf_file, config)
-        tensors = index_tensors(folder)
+        here = weights or commit is None
+        tensors = index_tensors(folder) if here else remote_headers(name, commit, options.token)
         if tensors:
             return Source(name, folder, commit, config, tensors)
         return _open_pickles(name, folder, commit, config, options.allow_pickle)
@@ -172,16 +174,20 @@ def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> 
     model_type = str(raw.get("model_type", ""))
     if model_type.startswith("meo_") or "meo" in raw:
         raise UnsupportedError(f"{folder} is a MEO model already: nothing to convert; `meo-hf inspect` shows it")
-    if model_type not in FAMILIES and "auto_map" in raw and not options.trust_remote_code:
+    if not _known(model_type) and "auto_map" in raw and not options.trust_remote_code:
         raise UnsupportedError(
             f"{folder} brings its own code (model type {model_type!r}), which is not run unless you trust it: "
             "read it, then pass --trust-remote-code"
         )
     try:
-        code = {"trust_remote_code": True} if options.trust_remote_code and model_type not in FAMILIES else {}
+        code = {"trust_remote_code": True} if options.trust_remote_code and not _known(model_type) else {}
         return AutoConfig.from_pretrained(folder, **code)
     except Exception as error:  # transformers raises many kinds; each means that the config is unusable
         raise UnsupportedError(f"transformers cannot read the config of {folder}: {first_line(error)}") from None
+
+
+def _known(model_type: str) -> bool:
+    return model_type in FAMILIES or model_type in MOE_FAMILIES
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
@@ -202,13 +208,14 @@ def check_supported(config: PreTrainedConfig, name: str) -> None:
     """Raise UnsupportedError, with what to do, for a model that cannot be converted."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name} is quantised: convert the unquantised checkpoint, then quantise the result")
-    experts = next((key for key in _EXPERT_KEYS if (getattr(config, key, None) or 0) > 1), None)
-    if experts is not None:
-        raise UnsupportedError(f"{name} is a mixture of experts already ({experts}): only dense models convert so far")
     try:
-        family_of(config.model_type)
+        family = family_of(config.model_type)
     except MeoConfigError:
-        raise UnsupportedError(f"{name}: {_propose_row(config)}") from None
+        experts = next((key for key in _EXPERT_KEYS if (getattr(config, key, None) or 0) > 1), None)
+        what = f"it is a mixture of experts ({experts}) of a family without a row; " if experts else ""
+        raise UnsupportedError(f"{name}: {what}{_propose_row(config)}") from None
+    if isinstance(family, MoeFamily) and family.refused is not None:
+        raise UnsupportedError(f"{name}: {config.model_type} is refused: {family.refused}")
 
 
 def _propose_row(config: PreTrainedConfig) -> str:
@@ -247,6 +254,24 @@ def index_tensors(folder: Path) -> dict[str, TensorRef]:
     if lost := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(f"{index_path} names {len(lost)} tensors that no shard holds, e.g. {lost[0]}")
     return tensors
+
+
+def remote_headers(name: str, commit: str | None, token: str | None) -> dict[str, TensorRef]:
+    """Read the headers of a Hub repository's safetensors files without their weights."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        metadata = HfApi(token=token).get_safetensors_metadata(name, revision=commit)
+    except NotASafetensorsRepoError:
+        return {}
+    except Exception as error:  # the HTTP library below has errors of its own kind
+        raise SourceError(f"{name}: headers could not be fetched ({first_line(error)}): try again") from None
+    return {
+        tensor: TensorRef(known_spec(name, tensor, info.dtype, info.shape), Path(file), 0)
+        for file, parsed in metadata.files_metadata.items()
+        for tensor, info in parsed.tensors.items()
+    }
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:

@@ -41,7 +41,10 @@ def verify_files(plan: Plan, folder: Path, mode: str, on_bytes: Callable[[int], 
     if mode == "none":
         return []
     written = index_tensors(folder)
-    return [_bytes_check(plan, written, on_bytes), *_child_checks(plan, folder, written, mode)]
+    same = _bytes_check(plan, written, on_bytes)
+    if set(written) != set(plan.targets):  # nothing could be said about a model that lacks tensors
+        return [same]
+    return [same, *run_child("verification_child.py", _request(plan, folder, written, mode))]
 
 
 def _bytes_check(plan: Plan, written: dict[str, TensorRef], on_bytes: Callable[[int], None]) -> Check:
@@ -73,9 +76,9 @@ def _same(left: Iterator[memoryview], right: Iterator[memoryview], on_bytes: Cal
         a, b = a[size:], b[size:]
 
 
-def _child_checks(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str) -> list[Check]:
+def run_child(script: str, request: dict[str, Any]) -> list[Check]:
+    """Run a script beside this file in a process where meo_hf cannot be imported; returns its checks."""
     with tempfile.TemporaryDirectory(prefix="meo-hf-") as scratch:
-        request = _request(plan, folder, written, mode)
         answer = Path(scratch) / "answer.json"
         (Path(scratch) / "request.json").write_text(json.dumps({**request, "answer": str(answer)}))
         environment = {
@@ -84,9 +87,8 @@ def _child_checks(plan: Plan, folder: Path, written: dict[str, TensorRef], mode:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        child = Path(__file__).with_name("verification_child.py")
         done = subprocess.run(
-            [sys.executable, "-I", str(child), str(Path(scratch) / "request.json")],
+            [sys.executable, "-I", str(Path(__file__).with_name(script)), str(Path(scratch) / "request.json")],
             env=environment,
             capture_output=True,
             text=True,

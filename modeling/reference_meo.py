@@ -1,0 +1,58 @@
+"""Weights that stay where they are: a repository that holds config and code alone names their pinned source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors_meo import ReferenceSourceError
+
+_OWN = ("revision", "code_revision", "subfolder", "_commit_hash", "trust_remote_code")  # of the repository itself
+
+
+def source_of(weights: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return where referenced weights lie, and what `from_pretrained` must be told beside.
+
+    Raises ReferenceSourceError if the reference pins no commit, or if the files of a folder have changed.
+    """
+    if "repo" in weights:
+        commit = weights.get("commit")
+        if not (isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)):
+            raise ReferenceSourceError(
+                f"the weights of this model are those of {weights['repo']} at {commit!r}, which is no commit: its "
+                "author may change them at any time; convert it again to pin a commit"
+            )
+        return weights["repo"], {"revision": commit}
+    folder = Path(weights["folder"])
+    for name, recorded in weights["files"].items():
+        if not (folder / name).is_file():
+            raise ReferenceSourceError(f"the weights of this model should be in {folder}, but {name} is not there")
+        found = fingerprint(folder / name)
+        if found != recorded:
+            raise ReferenceSourceError(
+                f"{folder / name} has changed since this model was made (size or header differ): convert it again"
+            )
+    return os.fspath(folder), {}
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return a weight file's size and the sha256 of its header, which says where each tensor lies."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header = file.read(int.from_bytes(prefix, "little"))
+    return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(prefix + header).hexdigest()}
+
+
+def load_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a load without those that belong to the referring repository."""
+    return {name: value for name, value in options.items() if name not in _OWN}
+
+
+def break_links(directory: str | os.PathLike[str]) -> None:
+    """Remove hard-linked weight files before others are saved in their place: writing would change the source too."""
+    for path in Path(directory).glob("*.safetensors"):
+        if path.stat().st_nlink > 1:
+            path.unlink()

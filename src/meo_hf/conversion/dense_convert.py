@@ -1,0 +1,66 @@
+"""Convert a dense checkpoint: its feed-forwards become experts, written as a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meo_hf.conversion.companions import write_companions
+from meo_hf.conversion.plan import Options, build_plan
+from meo_hf.conversion.progress import Progress
+from meo_hf.conversion.report import ConversionReport, report_of
+from meo_hf.conversion.source import Source, public_name
+from meo_hf.conversion.verification import mode_that_fits, outside_differences, verify_files
+from meo_hf.conversion.write import write_tensors
+
+
+class DenseConversion:
+    """A dense checkpoint's conversion, planned from headers alone."""
+
+    def __init__(self, sources: Sequence[Source], options: Options, max_shard_size: str = "5GB") -> None:
+        self.plan = build_plan(sources[0], sources[1:], options)
+        self.nbytes = self.plan.nbytes
+        self._max_shard_size = max_shard_size
+
+    def report(self, output: Path, options: dict[str, Any]) -> ConversionReport:
+        """Describe what was not applied yet."""
+        return report_of(self.plan, output, options)
+
+    def write(self, folder: Path, report: ConversionReport, progress: Progress) -> None:
+        """Write weights, config, code and tokenizer."""
+        progress.stage("writing", self.nbytes)
+        start = time.perf_counter()
+        shards = write_tensors(self.plan.targets, folder, self._max_shard_size, progress.advance)
+        report.files = {shard.name: {"bytes": shard.nbytes, "sha256": shard.sha256} for shard in shards}
+        self.plan.config.save_pretrained(folder)
+        for lost in write_companions(self.plan.source, folder):
+            report.warnings.append(f"not carried over: {lost}")
+        report.write_seconds = round(time.perf_counter() - start, 3)
+
+    def check(self, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:
+        """Run the checks of a mode on what was written."""
+        mode = mode_that_fits(self.plan, verify)
+        report.verification = mode
+        if mode != verify:
+            report.warnings.append("both models do not fit in memory: checked layer by layer (sample), not as a whole")
+        if mode == "none":
+            if self.plan.experts:
+                report.warnings.append(
+                    "the experts' tensors outside the feed-forwards were not compared with the source's"
+                )
+            return
+        if self.plan.experts:
+            self._compare_outside(report)
+        progress.stage(f"checking ({mode})", self.nbytes)
+        report.checks += verify_files(self.plan, folder, mode, progress.advance)
+
+    def _compare_outside(self, report: ConversionReport) -> None:
+        report.experts = outside_differences(self.plan)
+        for expert in report.experts:
+            if count := expert["outside_differing"] + expert["outside_only_here"]:
+                report.warnings.append(
+                    f"{public_name(expert['id'])} differs from the source in {count} tensors outside the "
+                    "feed-forwards: the source's are used"
+                )

@@ -1,0 +1,70 @@
+"""Check a converted mixture of experts: files against the source, then behaviour in a process without meo_hf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from meo_hf.conversion.linking import weight_files
+from meo_hf.conversion.moe_plan import MoePlan
+from meo_hf.conversion.report import Check
+from meo_hf.conversion.source import auto_class_of, index_tensors
+from meo_hf.conversion.verification import run_child
+from meo_hf.modeling.reference_meo import fingerprint
+from meo_hf.modeling.remote_meo import auto_map, heads_of
+
+
+def verify_moe(plan: MoePlan, folder: Path, mode: str) -> tuple[str, list[Check]]:
+    """Return the mode that was possible and its checks; `full` loads both models, `sample` reads headers only."""
+    weights = plan.config.meo.get("weights")
+    local = weights is None or "folder" in weights
+    if mode == "full" and not (local and _fits(plan)):
+        mode = "sample"
+    checks = [] if weights else [_files_check(plan, folder)]
+    return mode, [*checks, *run_child("moe_verification_child.py", _request(plan, folder, mode))]
+
+
+def _fits(plan: MoePlan) -> bool:
+    """Whether source and output fit in memory as fp32."""
+    parameters = sum(ref.spec.numel for ref in plan.source.tensors.values())
+    return 8 * parameters + 2**30 < 0.8 * psutil.virtual_memory().available
+
+
+def _files_check(plan: MoePlan, folder: Path) -> Check:
+    """Compare what the files say of their tensors with the source's; linked and copied files must be the same."""
+    name = "every tensor has the source's name, type and shape"
+    written = {key: ref.spec for key, ref in index_tensors(folder).items()}
+    expected = {key: ref.spec for key, ref in plan.source.tensors.items()}
+    if wrong := [key for key in sorted(written.keys() | expected) if written.get(key) != expected.get(key)]:
+        return Check(name, False, f"{len(wrong)} differ, e.g. {wrong[0]}")
+    same = [p.name for p in weight_files(plan.source) if (folder / p.name).is_file()]
+    linked = sum((folder / p.name).samefile(p) for p in weight_files(plan.source) if p.name in same)
+    fingerprints = all(
+        fingerprint(p) == fingerprint(folder / p.name) for p in weight_files(plan.source) if p.name in same
+    )
+    if same and not fingerprints:
+        return Check(name, False, "the header or size of a file differs from the source's")
+    return Check(name, True, f"{len(written)} tensors in {len(same) or 'new'} files, {linked} of them the same file")
+
+
+def _request(plan: MoePlan, folder: Path, mode: str) -> dict[str, Any]:
+    stock = plan.source.meta_model()
+    auto = auto_class_of(plan.family.model_type, type(stock).__name__)
+    top_k = plan.family.top_k
+    return {
+        "mode": mode,
+        "source": str(plan.source.folder),
+        "output": str(folder),
+        "kind": plan.family.kind,
+        "stock_class": type(stock).__name__ if auto != "AutoModel" else heads_of(plan.family.model_type)["AutoModel"],
+        "auto_class": auto,
+        "auto_map_class": auto_map(type(plan.config).__name__, plan.family.model_type)[auto],
+        "top_k": top_k if isinstance(top_k, str) and plan.family.chooses_top_k else None,
+        "same_top_k": plan.top_k == plan.source_top_k,
+        "aligned": plan.aligned,
+        "missing": plan.missing,
+        "on_disk": sorted(plan.source.tensors),
+        "stackable": plan.family.layout in ("stacked", "llama4"),
+    }

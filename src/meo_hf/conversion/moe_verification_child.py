@@ -1,0 +1,168 @@
+"""Check a converted mixture of experts in a process where meo_hf cannot be imported: run with `python -I`.
+
+Reads a JSON request, writes a JSON list of checks. What is expected comes from the stock classes alone.
+"""
+
+import json
+import sys
+
+sys.modules["meo_hf"] = None  # type: ignore[assignment]  # whoever loads this model may not have it
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+TOLERANCE = 1e-4
+
+
+def relative_rms(a, b):
+    """Root mean square of a - b, relative to b's."""
+    a, b = a.double(), b.double()
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
+
+
+def text_holder(config, path):
+    """Return the sub-config that holds a key of the text config, and the key."""
+    *parents, name = path.split(".")
+    holder = config.get_text_config(decoder=True)
+    for parent in parents:
+        holder = getattr(holder, parent)
+    return holder, name
+
+
+def load(request, top_k=None):
+    """Load the converted model through its Auto class and the source through its stock class, both as fp32."""
+    auto = getattr(transformers, request["auto_class"])
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    stock_class = getattr(transformers, request["stock_class"])
+    config = transformers.AutoConfig.from_pretrained(request["source"])
+    extra = {}
+    if top_k is not None:
+        holder, name = text_holder(config, request["top_k"])
+        old = getattr(holder, name)
+        setattr(holder, name, [top_k] * len(old) if isinstance(old, list) else top_k)
+        extra = {"meo": {"top_k": top_k}}
+    model, info = auto.from_pretrained(
+        request["output"], trust_remote_code=True, output_loading_info=True, **options, **extra
+    )
+    stock = stock_class.from_pretrained(request["source"], config=config, **options)
+    return model.eval(), stock.eval(), info
+
+
+def loading_check(request, info):
+    """Every tensor found its place, but for those that the source lacks too."""
+    lost = sorted(set(info["missing_keys"]) - set(request["missing"]))
+    wrong = {"missing": lost, "mismatched": sorted(map(str, info["mismatched_keys"]))}
+    wrong["unexpected"] = sorted(info["unexpected_keys"])
+    bad = {name: keys[:5] for name, keys in wrong.items() if keys}
+    detail = "all tensors found their place" if not bad else f"{bad}"
+    return {"name": "loads without meo_hf", "passed": not bad, "detail": detail[:500]}
+
+
+def tensors_check(model, stock):
+    """Every tensor that both models have under one name holds the same values."""
+    state, expected = model.state_dict(), stock.state_dict()
+    expected |= {name: stack_of(stock, name) for name in state if name not in expected}
+    shared = [name for name in expected if name in state]
+    differing = [name for name in shared if not torch.equal(state[name], expected[name])]
+    detail = f"{len(shared)} of {len(state)} tensors" + (f"; differs: {differing[:3]}" if differing else "")
+    return {"name": "tensors equal the source's", "passed": not differing and bool(shared), "detail": detail}
+
+
+def stack_of(stock, name):
+    """Stack what the stock model keeps in one module per expert, as a stack of this name should hold it."""
+    path, _, stack = name.rpartition(".")
+    experts = [module for key, module in stock.get_submodule(path).items() if key.startswith("expert_")]
+    place = 0 if stack.startswith("up_proj") else 1
+    linears = [[child for child in expert.children() if isinstance(child, torch.nn.Linear)] for expert in experts]
+    return torch.stack([getattr(pair[place], "bias" if stack.endswith("_bias") else "weight") for pair in linears])
+
+
+def single_tokens(stock, kind):
+    """Return a few rows of one token each."""
+    vocabulary = stock.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(3, 8)[:, None] * 7 % (vocabulary - 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**inputs, "decoder_input_ids": ids} if kind == "encoder-decoder" else inputs
+
+
+def compare(name, model, stock, kind, inputs):
+    """Compare what both models compute; of an encoder-decoder the encoder, whose gates read its own input."""
+    with torch.no_grad():
+        actual, expected = model(**inputs), stock(**inputs)
+    if kind == "encoder-decoder":
+        actual, expected = actual.encoder_last_hidden_state, expected.encoder_last_hidden_state
+    else:
+        actual, expected = actual[0], expected[0]
+    error = relative_rms(actual, expected)
+    detail = f"relative RMS {error:.1e} (allowed {TOLERANCE:.0e}), fp32"
+    return {"name": name, "passed": error <= TOLERANCE, "detail": detail}
+
+
+def make_experts_alike(model):
+    """Give all experts of each stack the first one's values, in place."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and "shared" not in name and ".expert_" not in name and parameter.dim() > 1:
+            parameter.data.copy_(parameter.data[:1].expand_as(parameter.data))
+
+
+@torch.no_grad()
+def check_full(request):
+    """Compare whole models on single tokens, whose gates are the source's own."""
+    model, stock, info = load(request)
+    checks = [loading_check(request, info)]
+    if not request["aligned"]:
+        checks.append(tensors_check(model, stock))
+    elif request["kind"] != "encoder-decoder":
+        own = type(stock).from_pretrained(
+            request["output"], config=stock.config, dtype=torch.float32, attn_implementation="eager"
+        )
+        inputs = {"input_ids": torch.arange(3, 19)[None] % 90}
+        checks.append(compare("aligned experts compute what the source's do", own.eval(), stock, "decoder", inputs))
+    if request["stackable"] and request["same_top_k"]:
+        make_experts_alike(model), make_experts_alike(stock)
+        inputs = single_tokens(stock, request["kind"])
+        checks.append(compare("single tokens, experts made alike", model, stock, request["kind"], inputs))
+    del model, stock
+    if request["top_k"] is not None and not request["aligned"]:
+        model, stock, _ = load(request, top_k=1)
+        inputs = single_tokens(stock, request["kind"])
+        checks.append(compare("single tokens with top_k 1", model, stock, request["kind"], inputs))
+    return checks
+
+
+def check_sample(request):
+    """Build the class from the shipped code without its weights, and find a place for every tensor's name."""
+    config = transformers.AutoConfig.from_pretrained(request["output"], trust_remote_code=True)
+    model_class = get_class_from_dynamic_module(request["auto_map_class"], request["output"])
+    with torch.device("meta"):
+        model = model_class(config)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    found = {
+        rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in request["on_disk"]
+    }
+    lost = sorted(set(state) - found - set(model.all_tied_weights_keys) - set(request["missing"]))
+    detail = f"missing: {lost[:5]}" if lost else f"{len(state)} tensors; headers only, no tensor was loaded"
+    return [{"name": "every tensor of the model is in the files", "passed": not lost, "detail": detail}]
+
+
+def main():
+    """Read the request, run the checks, write the answer."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        request = json.load(file)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    checks = check_full(request) if request["mode"] == "full" else check_sample(request)
+    with open(request["answer"], "w", encoding="utf-8") as file:
+        json.dump(checks, file)
+
+
+if __name__ == "__main__":
+    main()
