@@ -286,7 +286,7 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         stock_config = cast("type[PreTrainedConfig]", base.config_class)
         config_class = meo_config_class(stock_config)
         family = family_of(config_class.model_type)
-        stacked = stacking_conversions() if getattr(family, "layout", None) == "modules" else []
+        stacked = stacking_conversions(family) if isinstance(family, MoeFamily) else []
         _share_conversions(base.__name__, name, [])
         _share_conversions(stock_config.model_type, config_class.model_type, stacked)
         generates = issubclass(base, GenerationMixin)

@@ -20,7 +20,8 @@ class MoeFamily:
 
     `layout` names the adapter: `stacked` is the common one. `top_k` is the path of the number of selected experts in
     the text config, or that number where the router fixes it; where it `chooses_top_k`, a user may. `poolings` lists
-    how gates can be pooled, the default first. `refused` holds the reason why a family is not converted.
+    how gates can be pooled, the default first. `linears` are the two maps of an expert that is a module (layout
+    `modules`). `refused` holds the reason why a family is not converted.
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class MoeFamily:
     top_k: str | int = "num_experts_per_tok"
     chooses_top_k: bool = True
     poolings: tuple[str, ...] = POOLINGS
+    linears: tuple[str, ...] = ()
     switches: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     refused: str | None = None
 
@@ -77,10 +79,19 @@ def _rows() -> list[MoeFamily]:
         MoeFamily("jetmoe", layout="jetmoe", chooses_top_k=False),
         MoeFamily("llama4_text", layout="llama4"),
         MoeFamily("llama4", layout="llama4"),
-        MoeFamily("nllb-moe", "encoder-decoder", layout="modules", top_k=2, poolings=("hidden",)),
+        MoeFamily(
+            "nllb-moe", "encoder-decoder", layout="modules", linears=("fc1", "fc2"), top_k=2, poolings=("hidden",)
+        ),
         MoeFamily("openai_privacy_filter", "encoder"),
         MoeFamily("phimoe", chooses_top_k=False),
-        MoeFamily("switch_transformers", "encoder-decoder", layout="modules", top_k=1, poolings=("hidden",)),
+        MoeFamily(
+            "switch_transformers",
+            "encoder-decoder",
+            layout="modules",
+            linears=("wi", "wo"),
+            top_k=1,
+            poolings=("hidden",),
+        ),
         MoeFamily("vitpose_backbone", "encoder", refused=_VITPOSE),
         MoeFamily("zaya", poolings=("probs",)),
     ]

@@ -265,11 +265,11 @@ def stacked_state(block: Any) -> dict[str, Tensor]:
     return state
 
 
-def stacking_conversions() -> list[WeightConverter]:
-    """Return how one module per expert on disk becomes `StackedExperts`, and back."""
-    names = {"wi.weight": "up_proj", "wo.weight": "down_proj"}  # Switch Transformers
-    for linear, stack in (("fc1", "up_proj"), ("fc2", "down_proj")):  # NLLB-MoE
-        names |= {f"{linear}.weight": stack, f"{linear}.bias": f"{stack}_bias"}
+def stacking_conversions(family: MoeFamily) -> list[WeightConverter]:
+    """Return how one module per expert on disk becomes `StackedExperts`, and back; empty for other layouts."""
+    stacks = dict(zip(family.linears, ("up_proj", "down_proj"), strict=False))
+    names = {f"{linear}.bias": f"{stack}_bias" for linear, stack in stacks.items()}
+    names |= {f"{linear}.weight": stack for linear, stack in stacks.items()}
     return [
         WeightConverter(f".experts.expert_*.{name}", f".experts.{stack}", [MergeModulelist(dim=0)])
         for name, stack in names.items()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from contracts import assert_close, assert_differs, gate_inputs
 from meo_hf.modeling.configuration_meo import meo_config_class
-from meo_hf.modeling.families_meo import family_of
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.moe_families_meo import MOE_FAMILIES, MoeFamily
 from moe_tiny import STOCK_FAILS, tiny_moe, tiny_moe_inputs

@@ -5,9 +5,10 @@ from __future__ import annotations
 import moe_contracts
 import pytest
 import torch
-from meo_hf.errors import MeoConfigError
 from moe_contracts import DECODERS, KEPT, ONE_EXPERT, MoeCase, cases
 from moe_tiny import SWITCHES, tiny_moe, tiny_moe_inputs
+
+from meo_hf.errors import MeoConfigError
 
 torch.set_num_threads(1)
 

@@ -138,7 +138,7 @@ def _config(source: Source, options: Options, layers: list[int] | None) -> PreTr
             option = name.replace("_", "-")
             raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
     values = source.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
+    for key in ("model_type", "architectures", "auto_map", "_name_or_path"):  # the version tells a config its defaults
         values.pop(key, None)
     block: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

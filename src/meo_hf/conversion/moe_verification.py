@@ -22,7 +22,7 @@ def verify_moe(plan: MoePlan, folder: Path, mode: str) -> tuple[str, list[Check]
     local = weights is None or "folder" in weights
     if mode == "full" and not (local and _fits(plan)):
         mode = "sample"
-    checks = [] if weights else [_files_check(plan, folder)]
+    checks = [_config_check(plan, folder)] + ([] if weights else [_files_check(plan, folder)])
     return mode, [*checks, *run_child("moe_verification_child.py", _request(plan, folder, mode))]
 
 
@@ -30,6 +30,14 @@ def _fits(plan: MoePlan) -> bool:
     """Whether source and output fit in memory as fp32."""
     parameters = sum(ref.spec.numel for ref in plan.source.tensors.values())
     return 8 * parameters + 2**30 < 0.8 * psutil.virtual_memory().available
+
+
+def _config_check(plan: MoePlan, folder: Path) -> Check:
+    """Compare the config with the planned one, but for what saving adds."""
+    added = ("transformers_version", "auto_map", "_name_or_path", "architectures", "dtype")
+    found, planned = type(plan.config).from_pretrained(folder).to_dict(), plan.config.to_dict()
+    wrong = [key for key in sorted(found.keys() | planned) if key not in added and found.get(key) != planned.get(key)]
+    return Check("the config is the planned one", not wrong, f"differs in {', '.join(wrong)}" if wrong else "")
 
 
 def _files_check(plan: MoePlan, folder: Path) -> Check:

@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -27,8 +28,10 @@ def live_names(model: PreTrainedModel, disk_names: Iterable[str], computed: bool
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     state = model.state_dict()
     names = {}
-    for name in disk_names:
+    for name in sorted(disk_names, key=dot_natural_key):  # some renamings begin where another was seen
         live, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if live not in state and name in state:  # Transformers' own exception for names that were live already
+            live, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         if pattern is not None and not computed:
             raise UnsupportedError(f"{name} is converted, not only renamed, when {type(model).__name__} loads it")
         names[name] = live
