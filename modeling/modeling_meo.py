@@ -73,6 +73,7 @@ class MeoModelMixin:
             return super().from_pretrained(name, *model_args, config=config, **kwargs)  # type: ignore[misc]
         source, pinned = source_of(weights)
         options = {**load_options(kwargs), **pinned, "use_safetensors": True}
+        config._commit_hash = pinned.get("revision")  # else files are looked for at the referring repository's
         loaded = super().from_pretrained(source, *model_args, config=config, **options)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(name)

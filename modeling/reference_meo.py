@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors_meo import ReferenceSourceError
 
-_OWN = ("revision", "code_revision", "subfolder", "_commit_hash", "trust_remote_code")  # of the repository itself
+_OWN = ("revision", "code_revision", "subfolder", "_commit_hash", "trust_remote_code", "adapter_kwargs")
 
 
 def source_of(weights: dict[str, Any]) -> tuple[str, dict[str, Any]]:

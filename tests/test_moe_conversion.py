@@ -277,7 +277,7 @@ class TestReference:
         else:
             text = file.read_bytes()
             file.write_bytes(text.replace(b'"model.norm.weight"', b'"model.morn.weight"', 1))
-        with pytest.raises(ReferenceSourceError, match="is not there|has changed since"):
+        with pytest.raises(ReferenceSourceError, match=r"is not there|has changed since"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
     def test_an_unpinned_repository_is_refused(self, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.remote_meo import heads_of
 from moe_contracts import KEPT
 from moe_tiny import moe_class, tiny_moe, tiny_moe_inputs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from meo_hf import convert
 

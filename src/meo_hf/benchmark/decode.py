@@ -92,20 +92,20 @@ def _time_round(settings: DecodeSettings, models: Models, timing: Timing, ids: T
         models.serving(timing.variant, torch.full_like(ids[:, 0], prompt)) as (model, arguments),
     ):
         seconds = []
-        began = _now(ids.device)
+        began = now(ids.device)
         for _ in answer(model, arguments, ids, prompt, cache):
-            ended = _now(ids.device)
+            ended = now(ids.device)
             seconds.append(ended - began)
-            began = _now(ids.device)
+            began = now(ids.device)
     segment = models.segment_length if timing.variant.method == "meo (segment)" else None
-    token, merge = _per_token(seconds[1:], prompt, segment)
+    token, merge = per_token(seconds[1:], prompt, segment)
     timing.prefill.append(seconds[0])
     timing.token.append(token)
     timing.merge += [] if merge is None else [merge]
     timing.merged_bytes = merged_bytes(cache)
 
 
-def _per_token(steps: list[float], prompt: int, segment: int | None) -> tuple[float, float | None]:
+def per_token(steps: list[float], prompt: int, segment: int | None) -> tuple[float, float | None]:
     """Return the time per token, and of a step that merges experts: the first one, and each that opens a segment.
 
     The few tokens of a round may hold more or fewer such steps than their share, so they are charged by their share.
@@ -118,7 +118,8 @@ def _per_token(steps: list[float], prompt: int, segment: int | None) -> tuple[fl
     return plain + (merge - plain) / segment, merge
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the time in seconds once a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from meo_hf.benchmark.decode_variants import DTYPES, DecodeSettings, Models, Variant, answer, selecting
+from meo_hf.benchmark.decode_variants import DecodeSettings, Models, Variant, answer, selecting
 from meo_hf.benchmark.moe import token_experts
+from meo_hf.benchmark.options import DTYPES
 from meo_hf.errors import CheckFailedError
 from meo_hf.modeling.cache_meo import merged_bytes
 from meo_hf.modeling.feedforward_meo import MeoFeedForward, merged_feed_forwards

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 from meo_hf.benchmark.moe import token_experts
+from meo_hf.benchmark.options import DTYPES, at_least, check_place, option
 from meo_hf.errors import UnsupportedError, UsageError
 from meo_hf.modeling.families_meo import family_of
 from meo_hf.modeling.router_meo import MeoRouter
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Method = Literal["dense", "meo (prompt)", "meo (segment)", "moe"]
 
@@ -40,18 +39,12 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         lowest = {"num_experts": 1, "batch": 1, "prompt_tokens": 1, "new_tokens": 2, "rounds": 1}
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{_option(name)} is {getattr(self, name)}: give a whole number from {low} on")
+            at_least(name, getattr(self, name), low)
         if not self.top_k or min(self.top_k) < 1 or len(set(self.top_k)) < len(self.top_k):
             raise UsageError(f"--top-k is {_listed(self.top_k)!r}: give numbers from 1 on, each once")
         if max(self.top_k) > self.num_experts:
             raise UsageError(f"--top-k {max(self.top_k)} is more than --num-experts {self.num_experts}: lower one")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype!r} is unknown: give one of {', '.join(DTYPES)}")
-        try:
-            torch.ones(1, device=self.device).item()
-        except (RuntimeError, AssertionError):  # no such device, or one that this torch cannot use
-            raise UsageError(f"--device {self.device!r} cannot be used here: give another, like cpu") from None
+        check_place(self.dtype, self.device)
 
     @property
     def total_tokens(self) -> int:
@@ -75,12 +68,8 @@ class DecodeSettings:
         words = ["meo-hf", "bench", "decode", source]
         for field in fields(self):
             value = getattr(self, field.name)
-            words += [_option(field.name), _listed(value) if isinstance(value, tuple) else str(value)]
+            words += [option(field.name), _listed(value) if isinstance(value, tuple) else str(value)]
         return shlex.join(words)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +98,21 @@ def count_flops(model: nn.Module, inputs: dict[str, Any]) -> FlopCount:
     The model's own code runs on tensors without data, so it costs no memory and values of inputs don't matter.
     Elementwise operations (activations, norms, softmax, sums of expert outputs) are not counted.
     """
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     merges: list[tuple[int, int]] = []
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    counter = _counter()
     with torch.no_grad(), FakeTensorMode(), _record_merges(model, merges), counter:
         state = {name: _shape_only(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
         fake = {name: _shape_only(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         torch.func.functional_call(model, state, (), fake)
+    return FlopCount(counter.get_total_flops(), tuple(merges))
+
+
+def count_run(model: nn.Module, inputs: dict[str, Any]) -> FlopCount:
+    """Count a forward pass as `count_flops` does, but really run it: a mixture of experts asks its gates' values."""
+    merges: list[tuple[int, int]] = []
+    counter = _counter()
+    with torch.no_grad(), _record_merges(model, merges, compute=True), counter:
+        model(**inputs)
     return FlopCount(counter.get_total_flops(), tuple(merges))
 
 
@@ -116,6 +124,11 @@ def forward_flops(model: nn.Module, inputs: dict[str, Any], merge_convention: Me
 def flops_per_token(model: nn.Module, inputs: dict[str, Any], merge_convention: MergeConvention = "mac") -> float:
     """Return the FLOPs of one forward pass over the number of positions in `input_ids`, padding included."""
     return forward_flops(model, inputs, merge_convention) / inputs["input_ids"].numel()
+
+
+def _counter() -> FlopCounterMode:
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    return FlopCounterMode(display=False, custom_mapping=attention)
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
@@ -130,21 +143,24 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 
 
 @contextmanager
-def _record_merges(model: nn.Module, merges: list[tuple[int, int]]) -> Iterator[None]:
-    """Replace merging by a stand-in that notes number of experts and of merged values.
+def _record_merges(model: nn.Module, merges: list[tuple[int, int]], compute: bool = False) -> Iterator[None]:
+    """Note number of experts and of merged values of each merge, and `compute` it or let a stand-in give its shape.
 
     Models loaded with their repository's own code have a copy of the module to patch, so it is looked up by class.
     """
-    names = {type(module).__module__ for module in model.modules() if type(module).__name__ == "MeoFeedForward"}
-    originals = [(sys.modules[name], sys.modules[name].merge_experts) for name in names]
+    bases = {base for module in model.modules() for base in type(module).__mro__ if base.__name__ == "Merger"}
+    originals = [(sys.modules[base.__module__], sys.modules[base.__module__].merge_experts) for base in bases]
 
-    def stand_in(stack: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        merged = stack.new_empty(top_k_index.shape[0], *stack.shape[1:])
-        merges.append((top_k_index.shape[1], merged.numel()))
-        return merged
+    def recording(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def merge(stack: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            groups, top_k = top_k_index.shape
+            merges.append((top_k, groups * stack[0].numel()))
+            return original(stack, top_k_index, top_k_weights) if compute else stack.new_empty(groups, *stack.shape[1:])
 
-    for module, _ in originals:
-        module.merge_experts = stand_in  # type: ignore[attr-defined]
+        return merge
+
+    for module, original in originals:
+        module.merge_experts = recording(original)  # type: ignore[attr-defined]
     try:
         yield
     finally:
