@@ -137,7 +137,7 @@ def settings_of(config: PreTrainedConfig) -> MeoSettings:
     check_level(config, settings.level)
     if isinstance(family, MoeFamily):
         if family.refused is not None:
-            raise MeoConfigError(f"{_name(config)} is not converted: {family.refused}")
+            raise MeoConfigError(f"{_name(config)} is refused: {family.refused}")
         settings.pooling = settings.pooling or family.poolings[0]
         if settings.pooling not in family.poolings:
             allowed = ", ".join(family.poolings)

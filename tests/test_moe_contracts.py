@@ -36,6 +36,12 @@ def test_blocks_equal_the_oracle_with_each_switch_the_other_way(family: str, swi
         moe_contracts.blocks_equal_the_oracle(case)
 
 
+@pytest.mark.parametrize("family", KEPT)
+def test_rows_name_their_switches(family: str) -> None:
+    tested = {part.removeprefix("text_config.") for switch in SWITCHES[family] for part in switch.split(",")}
+    assert set(MoeCase(family).row.switches) == tested
+
+
 def test_stock_longcat_runs_no_single_expert() -> None:
     """Why one family has no check with one expert."""
     with pytest.raises(ValueError, match="not enough values to unpack"):
