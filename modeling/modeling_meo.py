@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -27,7 +28,7 @@ from .generation_meo import PromptedGeneration, prepared_inputs
 from .moe_families_meo import MOE_FAMILIES, MoeFamily
 from .moe_layouts_meo import SparseBlock, replace_moe, stacking_conversions
 from .moe_meo import merged_moe
-from .reference_meo import break_links, load_options, source_of
+from .reference_meo import break_links, load_options, own_options, source_of
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
 
@@ -63,20 +64,24 @@ class MeoModelMixin:
 
         Raises ReferenceSourceError if that source is not pinned, not there or has changed.
         """
-        name = pretrained_model_name_or_path
-        if not isinstance(config, PreTrainedConfig) and name is not None:
-            config, kwargs = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
+        name, load = pretrained_model_name_or_path, super().from_pretrained  # type: ignore[misc]
+        known, rest = config, kwargs
+        if name is not None and not isinstance(config, PreTrainedConfig):
+            known, rest = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
                 config or name, return_unused_kwargs=True, **kwargs
             )
-        weights = (getattr(config, "meo", None) or {}).get("weights")
-        if weights is None or name is None:
-            return super().from_pretrained(name, *model_args, config=config, **kwargs)  # type: ignore[misc]
+        weights = (getattr(known, "meo", None) or {}).get("weights")
+        if weights is None:
+            return load(name, *model_args, config=config, **kwargs)
         source, pinned = source_of(weights)
-        options = {**load_options(kwargs), **pinned, "use_safetensors": True}
-        config._commit_hash = pinned.get("revision")  # else files are looked for at the referring repository's
-        loaded = super().from_pretrained(source, *model_args, config=config, **options)  # type: ignore[misc]
+        own = own_options(kwargs)
+        known._commit_hash = pinned.get("revision")  # else files are looked for at the referring repository's
+        loaded = load(source, *model_args, config=known, **load_options(rest, own), **pinned, use_safetensors=True)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(name)
+        if model.can_generate():
+            with suppress(OSError):  # it has none: the source's holds
+                model.generation_config = GenerationConfig.from_pretrained(name, **own)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

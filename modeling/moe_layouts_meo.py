@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.core_model_loading import MergeModulelist, WeightConverter
@@ -166,15 +167,25 @@ class Top1Routing(GroupRouter):
     """Switch Transformers' router; a group is never over an expert's capacity, so none of its tokens is dropped."""
 
     dtype: Any
+    classifier: Any
+    jitter_noise: float
 
     places = (2, 1, 0)
 
     def route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return logits, weights and indices."""
-        *_, logits = super().route(hidden_states)
-        logits = logits.reshape(-1, logits.shape[-1])
-        weights, index = logits.softmax(-1, dtype=self.dtype).max(-1, keepdim=True)
+        x = hidden_states.to(self.dtype)
+        if self.training and self.jitter_noise > 0:
+            x = x * torch.empty_like(x).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+        self.classifier = self.classifier.to(self.dtype)
+        logits = self.classifier(x)
+        weights, index = logits.flatten(0, -2).softmax(-1, dtype=self.dtype).max(-1, keepdim=True)
         return logits, weights.to(hidden_states.dtype), index
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Route tokens [B, S, D]; the family's losses take logits per row."""
+        index, weights, logits, *rest = super().forward(hidden_states, *args, **kwargs)
+        return index, weights, logits.reshape(*hidden_states.shape[:-1], -1), *rest
 
 
 class Top2Routing(GroupRouter):
@@ -350,7 +361,10 @@ def replace_moe(model: nn.Module, family: MoeFamily, settings: MeoSettings, cont
     """
     blocks = list(moe_blocks(model, family.layout))
     if not blocks:
-        raise MeoConfigError(f"found no experts in {type(model).__name__}: its config makes a dense model")
+        raise MeoConfigError(
+            f"found no experts in {type(model).__name__}: its config makes a dense model (or Transformers "
+            f"{transformers.__version__} builds this family in an older way: use a newer one)"
+        )
     have = sorted({layer_number(path) for path, _ in blocks})
     if settings.layers is not None and (beyond := sorted(set(settings.layers) - set(have))):
         raise MeoConfigError(f"layers {beyond} have no experts; layers with experts: {have}")
@@ -358,11 +372,17 @@ def replace_moe(model: nn.Module, family: MoeFamily, settings: MeoSettings, cont
     if policy != "all":
         raise MeoConfigError(f"second_expert_policy {policy!r} draws experts at random in every call: set it to 'all'")
     for path, module in blocks:
+        if type(router_of(module)) is nn.Linear:
+            raise MeoConfigError(
+                f"the router of {family.model_type} only projects in Transformers {transformers.__version__}, which "
+                "builds its blocks in an older way: use a newer one"
+            )
         if settings.layers is not None and layer_number(path) not in settings.layers:
             continue
         partner = family.kind == "encoder-decoder" and "decoder" in path.split(".")
         layer = cache_layer(model, path, layer_number(path))
-        site = Site(path, layer, settings.level or "", settings.pooling or "", partner, module)
+        block = module if family.layout == "dbrx" else None
+        site = Site(path, layer, settings.level or "", settings.pooling or "", partner, block)
         _merge_block(model, module, family.layout, site, context, settings.combine)
 
 

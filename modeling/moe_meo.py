@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from .errors_meo import RoutingError
 from .groups_meo import Groups
 from .merger_meo import Linear, Merger
 from .router_meo import Gates
@@ -27,7 +29,7 @@ from .routing_meo import Call, RoutingContext
 
 @dataclass
 class Site:
-    """Where an MoE block sits: its path, its place in a KV cache, how its gates are pooled, and the block itself."""
+    """Where an MoE block sits: its path, its place in a KV cache, how its gates are pooled; for DBRX also the block."""
 
     path: str
     layer: int
@@ -54,6 +56,7 @@ class GroupRouter:
 
     _meo: Site
     _context: RoutingContext
+    training: bool
     places: ClassVar[tuple[int, int, int]] = (0, 1, 2)
 
     def route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -68,10 +71,10 @@ class GroupRouter:
             cells = groups.split(call.grouped(hidden_states))
             read = groups.read("hidden", cells)
             choose = functools.partial(self._route_pooled, hidden_states, args, kwargs)
-            logits, weights, index, *rest = choose(read)
+            places, (logits, weights, index, *rest) = self._sorted(choose(read))
             logits, *rest = (_spread(x, groups, cells.shape[1]) for x in (logits, *rest))
         else:
-            logits, weights, index, *rest = self.route(hidden_states, *args, **kwargs)
+            places, (logits, weights, index, *rest) = self._sorted(self.route(hidden_states, *args, **kwargs))
             dense = _dense_gates(logits, weights, index)
             read = groups.read("hidden", groups.split(call.grouped(dense)))
             choose = functools.partial(_route_mean, weights.shape[-1])
@@ -81,16 +84,31 @@ class GroupRouter:
         causal = call.causal
         if causal is not None and causal.prompt_end is not None and causal.keeps:
             routed.answer = causal.answer(self._meo.layer)
-            answered = choose(routed.answer.read("hidden", hidden_states))
-            routed.answer_gates = (answered[1], answered[2])
+            _, (_, *answered) = self._sorted(choose(routed.answer.read("hidden", hidden_states)))
+            routed.answer_gates = (answered[0], answered[1])
         call.routed[self._meo.path] = routed
-        outputs = dict(zip(self.places, (logits, weights, index), strict=True))
-        return (*(outputs.get(place) for place in range(max(self.places) + 1)), *rest)
+        outputs = dict(zip(places, (logits, weights, index), strict=True))
+        return (*(outputs.get(place) for place in range(max(places) + 1)), *rest)
+
+    def _sorted(self, outputs: tuple[Any, ...]) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+        """Return where a router's outputs belong, and logits, weights, indices and what else it returned.
+
+        Raises RoutingError for a router that returns no logits, as some did in older versions of Transformers.
+        """
+        if len(outputs) < 3:
+            raise RoutingError(
+                f"{type(self).__mro__[2].__name__} returned {len(outputs)} values; logits, weights and indices are "
+                f"needed: use a newer Transformers than {transformers.__version__}"
+            )
+        if outputs[0] is None or outputs[0].is_floating_point():
+            return self.places, outputs
+        return (2, 1, 0), (outputs[2], outputs[1], outputs[0], *outputs[3:])  # Granite's order up to 5.17
 
     def _route_pooled(self, like: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], read: Tensor) -> Any:
         """Route one pooled state per group [N, D], shaped as the tokens are."""
         shape = (read.shape[0], *[1] * (like.dim() - 2), read.shape[-1])
-        return self.route(read.to(like.device, like.dtype).reshape(shape), *args, **kwargs)
+        state = read.to(like.device, like.dtype, copy=self.training)  # some routers add jitter in place
+        return self.route(state.reshape(shape), *args, **kwargs)
 
 
 def _spread(x: Tensor, groups: Groups, width: int) -> Tensor:
@@ -193,8 +211,17 @@ class MergedExpertsMixin(Merger):
 
 @functools.cache
 def merging_class(mixin: type, base: Any) -> Any:
-    """Return the class that a family's module gets, made once."""
-    return type(f"Meo{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+    """Return the class that a family's module gets, made once; its instances are pickled by what it is made of."""
+
+    def reduce(self: Any) -> Any:
+        return _unpickled, (mixin, base), self.__dict__
+
+    members = {"__module__": __name__, "__doc__": base.__doc__, "__reduce__": reduce}
+    return type(f"Meo{base.__name__}", (mixin, base), members)
+
+
+def _unpickled(mixin: type, base: type) -> Any:
+    return object.__new__(merging_class(mixin, base))
 
 
 def merge_module(module: nn.Module, mixin: type, site: Site, context: RoutingContext, combine: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from .errors_meo import ReferenceSourceError
 
-_OWN = ("revision", "code_revision", "subfolder", "_commit_hash", "trust_remote_code", "adapter_kwargs")
+_PLACE = ("revision", "code_revision", "subfolder", "_commit_hash", "trust_remote_code", "adapter_kwargs")
+_ACCESS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def source_of(weights: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -46,9 +47,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(prefix + header).hexdigest()}
 
 
-def load_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a load without those that belong to the referring repository."""
-    return {name: value for name, value in options.items() if name not in _OWN}
+def own_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a load that say how the referring repository itself is found."""
+    return {name: value for name, value in options.items() if name in ("revision", "subfolder", *_ACCESS)}
+
+
+def load_options(options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the options for loading from the source: those of the load, but not the place of the repository."""
+    kept = {name: value for name, value in options.items() if name not in (*_PLACE, "use_safetensors")}
+    return {**kept, **{name: value for name, value in own.items() if name in _ACCESS}}
 
 
 def break_links(directory: str | os.PathLike[str]) -> None:

@@ -206,6 +206,8 @@ def stock_gates(block: nn.Module, states: Tensor, arguments: Any = ((), {})) -> 
         weights = weights if "Switch" in name else weights / weights.sum(-1, keepdim=True)
     else:
         logits, weights, index, *_ = router(states, *args, **kwargs)
+        if not logits.is_floating_point():  # Granite's order up to Transformers 5.17
+            logits, index = index, logits
     dense = torch.zeros(len(flat), logits.shape[-1], dtype=torch.float64)
     return dense.scatter_add(1, index.reshape(len(flat), -1), weights.reshape(len(flat), -1).double())
 

@@ -13,7 +13,7 @@ MODELING = sorted((ROOT / "modeling").glob("*.py"))
 PACKAGE = sorted((ROOT / "src").rglob("*.py"))
 MAY_SEE = {
     "conversion": {"conversion", "modeling", "errors", "version"},
-    "benchmark": {"benchmark", "modeling", "errors", "version"},
+    "benchmark": {"benchmark", "conversion", "modeling", "errors", "version"},
 }
 
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from meo_hf.errors import MeoConfigError, RoutingError
-from meo_hf.installed import families_without_row, installed_rows
 from meo_hf.modeling.moe_layouts_meo import moe_blocks
 from moe_contracts import MOE_FAMILIES, MoeCase
 from moe_tiny import tiny_moe, tiny_moe_inputs
+
+from meo_hf.errors import MeoConfigError, RoutingError
+from meo_hf.installed import families_without_row, installed_rows
 
 torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ from meo_hf.modeling import (
     families_meo,
     feedforward_meo,
     groups_meo,
+    merger_meo,
     merging_meo,
     modeling_meo,
     routing_meo,
@@ -83,7 +84,7 @@ def ignored_task_ids(patch: Patch) -> None:
 
 def dropped_bias(patch: Patch) -> None:
     original = merging_meo.grouped_linear
-    for module in (merging_meo, feedforward_meo):
+    for module in (merging_meo, merger_meo):
         patch.setattr(module, "grouped_linear", lambda x, weight, bias: original(x, weight, None))
 
 
@@ -93,7 +94,7 @@ def bias_outside_the_gates(patch: Patch) -> None:
     def combine(x: Tensor, stack: Tensor, bias: Tensor | None, *gates: Tensor) -> Tensor:
         return original(x, stack, None, *gates) + (0 if bias is None else bias[0])
 
-    patch.setattr(feedforward_meo, "combine_outputs", combine)
+    patch.setattr(merger_meo, "combine_outputs", combine)
 
 
 def layer_left_dense(patch: Patch) -> None:
@@ -204,9 +205,7 @@ def weights_in_the_wrong_order(patch: Patch) -> None:
 
 def weights_without_a_gradient(patch: Patch) -> None:
     original = merging_meo.merge_experts
-    patch.setattr(
-        feedforward_meo, "merge_experts", lambda stack, index, weights: original(stack, index, weights.detach())
-    )
+    patch.setattr(merger_meo, "merge_experts", lambda stack, index, weights: original(stack, index, weights.detach()))
 
 
 def unselected_experts_times_zero(patch: Patch) -> None:
@@ -214,7 +213,7 @@ def unselected_experts_times_zero(patch: Patch) -> None:
         dense = weights.new_zeros(len(index), len(stack)).scatter(1, index, weights).to(stack.dtype)
         return torch.einsum("ge,e...->g...", dense, stack)
 
-    patch.setattr(feedforward_meo, "merge_experts", merge)
+    patch.setattr(merger_meo, "merge_experts", merge)
 
 
 def swapped_halves(patch: Patch) -> None:

@@ -170,7 +170,8 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     folder = Path(folder).expanduser().absolute()
     report = ConversionReport.load(folder)
     wrong = [name for name, kept in report.files.items() if not _unchanged(folder / name, kept)]
-    detail = f"{len(report.files)} files" if not wrong else f"changed or missing: {', '.join(wrong)}"
+    by = "sha256" if all("sha256" in kept for kept in report.files.values()) else "size and header"
+    detail = f"{len(report.files)} files, by {by}" if not wrong else f"changed or missing: {', '.join(wrong)}"
     report.checks = [Check("files are as recorded", not wrong, detail)]
     if wrong:
         return report

@@ -12,6 +12,7 @@ from meo_hf.conversion.moe_plan import MoePlan
 from meo_hf.conversion.report import Check
 from meo_hf.conversion.source import auto_class_of, index_tensors
 from meo_hf.conversion.verification import run_child
+from meo_hf.modeling.moe_layouts_meo import layer_number, moe_blocks
 from meo_hf.modeling.reference_meo import fingerprint
 from meo_hf.modeling.remote_meo import auto_map, heads_of
 
@@ -61,6 +62,8 @@ def _request(plan: MoePlan, folder: Path, mode: str) -> dict[str, Any]:
     stock = plan.source.meta_model()
     auto = auto_class_of(plan.family.model_type, type(stock).__name__)
     top_k = plan.family.top_k
+    blocks = list(moe_blocks(stock, plan.family.layout))
+    zero_experts = any(getattr(block.experts, "zero_expert_num", 0) for _, block in blocks if hasattr(block, "experts"))
     return {
         "mode": mode,
         "source": str(plan.source.folder),
@@ -69,10 +72,13 @@ def _request(plan: MoePlan, folder: Path, mode: str) -> dict[str, Any]:
         "stock_class": type(stock).__name__ if auto != "AutoModel" else heads_of(plan.family.model_type)["AutoModel"],
         "auto_class": auto,
         "auto_map_class": auto_map(type(plan.config).__name__, plan.family.model_type)[auto],
-        "top_k": top_k if isinstance(top_k, str) and plan.family.chooses_top_k else None,
+        "top_k": top_k if isinstance(top_k, str) and plan.family.chooses_top_k and not zero_experts else None,
         "same_top_k": plan.top_k == plan.source_top_k,
         "aligned": plan.aligned,
         "missing": plan.missing,
         "on_disk": sorted(plan.source.tensors),
         "stackable": plan.family.layout in ("stacked", "llama4"),
+        "definable": plan.family.layout == "stacked" and plan.family.poolings[0] == "hidden" and not zero_experts,
+        "experts_per_gate": plan.top_k,
+        "blocks": [path for path, _ in blocks if layer_number(path) in plan.layers],
     }

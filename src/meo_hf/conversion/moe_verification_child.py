@@ -3,6 +3,7 @@
 Reads a JSON request, writes a JSON list of checks. What is expected comes from the stock classes alone.
 """
 
+import copy
 import json
 import sys
 
@@ -37,12 +38,14 @@ def load(request, top_k=None):
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     stock_class = getattr(transformers, request["stock_class"])
     config = transformers.AutoConfig.from_pretrained(request["source"])
-    extra = {}
+    extra = {"meo": {"segment_length": 4}} if request["kind"] == "decoder" else {}
+    if request["top_k"] is not None and top_k is None:
+        top_k = request["experts_per_gate"]
     if top_k is not None:
         holder, name = text_holder(config, request["top_k"])
         old = getattr(holder, name)
         setattr(holder, name, [top_k] * len(old) if isinstance(old, list) else top_k)
-        extra = {"meo": {"top_k": top_k}}
+        extra.setdefault("meo", {})["top_k"] = top_k
     model, info = auto.from_pretrained(
         request["output"], trust_remote_code=True, output_loading_info=True, **options, **extra
     )
@@ -87,10 +90,16 @@ def single_tokens(stock, kind):
     return {**inputs, "decoder_input_ids": ids} if kind == "encoder-decoder" else inputs
 
 
+def run(model, inputs):
+    """Run a model; gates that read a prompt are told that all of it is one."""
+    context = getattr(model, "_meo_context", None)
+    return model(**inputs, **({"routing": "segment"} if context is not None and context.reads_past else {}))
+
+
 def compare(name, model, stock, kind, inputs):
     """Compare what both models compute; of an encoder-decoder the encoder, whose gates read its own input."""
     with torch.no_grad():
-        actual, expected = model(**inputs), stock(**inputs)
+        actual, expected = run(model, inputs), run(stock, inputs)
     if kind == "encoder-decoder":
         actual, expected = actual.encoder_last_hidden_state, expected.encoder_last_hidden_state
     else:
@@ -107,6 +116,109 @@ def make_experts_alike(model):
             parameter.data.copy_(parameter.data[:1].expand_as(parameter.data))
 
 
+def texts(stock, kind):
+    """Return two rows of several segments each, one of them padded."""
+    vocabulary = stock.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(24).reshape(2, 12) * 7 + 3) % (vocabulary - 1)
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {**inputs, "decoder_input_ids": ids[:, :5]} if kind == "encoder-decoder" else inputs
+
+
+def combine_outputs(model, combine):
+    """Make every block merge weights, or combine the outputs of each linear map, which is the same function."""
+    for module in model.modules():
+        if hasattr(module, "merged_maps"):
+            module.combine = combine
+
+
+def check_ways(model, stock, kind):
+    """Merging weights gives what combining each linear map's outputs gives, over groups of several tokens."""
+    inputs, found = texts(stock, kind), []
+    for combine in ("weights", "outputs"):
+        combine_outputs(model, combine)
+        found.append(run(model, inputs).logits)
+    combine_outputs(model, "weights")
+    error = relative_rms(*found)
+    passed = bool(torch.isfinite(found[0]).all()) and error <= TOLERANCE
+    detail = f"relative RMS {error:.1e} (allowed {TOLERANCE:.0e}), fp32"
+    return {"name": "merged weights compute what combined outputs do", "passed": passed, "detail": detail}
+
+
+def watch(model, path):
+    """Note what a block's router and experts are given, and what the experts give."""
+    block, seen = model.get_submodule(path), {}
+    router = next(r for r in (getattr(block, "gate", None), getattr(block, "router", None)) if r is not None)
+
+    def before(module, args, kwargs):
+        seen["tokens"], seen["more"] = args[0].clone(), (args[1:], kwargs)
+
+    def after(module, args, output):
+        seen["given"], seen["gave"] = args[0].clone(), output.clone()
+
+    router.register_forward_pre_hook(before, with_kwargs=True)
+    block.experts.register_forward_hook(after)
+    return seen
+
+
+def stock_router(stock, path, states, more):
+    """Return the stock router's gates for all experts."""
+    block = stock.get_submodule(path)
+    router = next(r for r in (getattr(block, "gate", None), getattr(block, "router", None)) if r is not None)
+    logits, weights, index = router(states, *more[0], **more[1])[:3]
+    if not logits.is_floating_point():
+        logits, index = index, logits
+    dense = torch.zeros(states.shape[:-1].numel(), logits.shape[-1])
+    return dense.scatter_add(1, index.flatten(0, -2), weights.flatten(0, -2).float())
+
+
+def merged_block(experts, gates, x):
+    """Run tokens through a copy of the stock experts whose first one is the mean of all, weighted by gates."""
+    made, total = copy.deepcopy(experts), gates.sum()
+    for parameter in made.parameters(recurse=False):
+        parameter.data[0] = torch.einsum("e,e...->...", gates / total, parameter.data)
+    index = torch.tensor([0, 1]).expand(len(x), -1)
+    return made(x, index, torch.stack([total, torch.zeros(())]).expand(len(x), -1))
+
+
+def group_reads(known, segment):
+    """Yield the tokens of each segment, and what its gate reads: the segment before, in the first its first token."""
+    for start in range(0, len(known), segment):
+        read = known[0] if start == 0 else known[start - segment : start].mean(0)
+        yield slice(start, start + segment), read
+
+
+def check_definition(request, model, stock):
+    """The last MoE block computes its definition for each segment of several tokens, from stock modules alone."""
+    path = request["blocks"][-1]
+    seen, inputs = watch(model, path), texts(stock, request["kind"])
+    run(model, inputs)
+    top_k, worst = request["experts_per_gate"], 0.0
+    for row in range(2):
+        real = inputs["attention_mask"][row].bool()
+        tokens, given, gave = (
+            seen[n].reshape(2, -1, seen[n].shape[-1])[row][real] for n in ("tokens", "given", "gave")
+        )
+        rank = [1] * (seen["tokens"].dim() - 1)
+        known = tokens
+        if model.config.meo["pooling"] == "probs":
+            known = stock_router(stock, path, tokens.reshape(*rank[1:], *tokens.shape), seen["more"])
+        segment = model.config.meo["segment_length"] if request["kind"] == "decoder" else None
+        groups = group_reads(known, segment) if segment else [(slice(None), known.mean(0))]
+        for group, read in groups:
+            if model.config.meo["pooling"] == "probs":
+                kept = read.topk(top_k)
+                gates = torch.zeros_like(read).scatter(0, kept.indices, kept.values)
+                gates = gates * (read.sum() / gates.sum())
+            else:
+                gates = stock_router(stock, path, read.reshape(*rank, -1), seen["more"])[0]
+            expected = merged_block(stock.get_submodule(path).experts, gates, given[group])
+            worst = max(worst, relative_rms(gave[group], expected))
+    detail = f"worst relative RMS {worst:.1e} (allowed {TOLERANCE:.0e}) at {path}, fp32"
+    return {"name": "groups of several tokens compute their definition", "passed": worst <= TOLERANCE, "detail": detail}
+
+
 @torch.no_grad()
 def check_full(request):
     """Compare whole models on single tokens, whose gates are the source's own."""
@@ -120,6 +232,9 @@ def check_full(request):
         )
         inputs = {"input_ids": torch.arange(3, 19)[None] % 90}
         checks.append(compare("aligned experts compute what the source's do", own.eval(), stock, "decoder", inputs))
+    checks.append(check_ways(model, stock, request["kind"]))
+    if request["definable"] and not request["aligned"]:
+        checks.append(check_definition(request, model, stock))
     if request["stackable"] and request["same_top_k"]:
         make_experts_alike(model), make_experts_alike(stock)
         inputs = single_tokens(stock, request["kind"])
