@@ -33,14 +33,16 @@ from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
 
 
-class MergedExperts(nn.Module):
+class MergedExperts(Merger, nn.Module):
     """All experts of a feed-forward, stacked; same names and orientation as Transformers' MoE experts.
 
-    `gate_up_proj` [E, 2F, D] (gate first) or `up_proj` [E, F, D], `down_proj` [E, D, F], and `..._bias`.
+    `gate_up_proj` [E, 2F, D] (gate first) or `up_proj` [E, F, D], `down_proj` [E, D, F], and `..._bias`. They are
+    read in its own forward alone: elsewhere they may lie on another device, or on disk.
     """
 
-    def __init__(self, block: Block, num_experts: int) -> None:
+    def __init__(self, block: Block, num_experts: int, combine: str, context: RoutingContext) -> None:
         super().__init__()
+        self.combine, self._context = combine, context
         hidden, intermediate = block.features
         self.gated = block.gated
         self.down_proj: nn.Parameter
@@ -53,6 +55,12 @@ class MergedExperts(nn.Module):
             bias = nn.Parameter(torch.empty(num_experts, shape[0], dtype=like.dtype, device=like.device))
             self.register_parameter(name, parameter)
             self.register_parameter(f"{name}_bias", bias if has_bias else None)
+
+    def forward(
+        self, call: Call, groups: Groups, names: tuple[str, ...], gates: dict[str, Gates], tokens: int
+    ) -> dict[str, Linear]:
+        """Return linear maps of the merged experts as functions of tokens [N, W, I]."""
+        return self.merged_maps(call, groups, names, gates, tokens)
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias stacks of a linear map; `gate_proj` and `up_proj` are halves of the fused one."""
@@ -76,14 +84,14 @@ class TokenAdapter(nn.Module):
         return x + self.up(self.down(x.to(self.down.weight.dtype)).relu()).to(x.dtype)
 
 
-class MeoFeedForward(Merger, nn.Module):
+class MeoFeedForward(nn.Module):
     """One feed-forward whose weights are merged from experts for each group of tokens (arXiv 2310.09832)."""
 
     def __init__(self, block: Block, settings: MeoSettings, context: RoutingContext) -> None:
         super().__init__()
         hidden, intermediate = block.features
         self.layer = block.layer
-        self.level, self.combine, self.scope = settings.level or "", settings.combine, settings.gate_scope
+        self.level, self.scope = settings.level or "", settings.gate_scope
         self.balance_loss = settings.balance_loss if settings.num_experts > 1 else 0.0
         self.reads_encoder = block.causal_partner
         self.maps = block.maps
@@ -91,7 +99,7 @@ class MeoFeedForward(Merger, nn.Module):
         self.activation = take_activation(block)
         self.dropout = nn.Dropout(take_dropout(block))
         self.chunk_size = take_chunk_size(block)
-        self.experts = MergedExperts(block, settings.num_experts)
+        self.experts = MergedExperts(block, settings.num_experts, settings.combine, context)
         self.adapter = TokenAdapter(hidden, settings.token_reduction) if self.level == "token" else None
         self.sources = {"hidden": self.maps}  # gated input -> the linear maps whose gates read it
         if self.scope == "projection" and self.level != "task" and not self.reads_encoder:
@@ -155,7 +163,7 @@ class MeoFeedForward(Merger, nn.Module):
             inputs = groups.read(source, cells).to(cells.device)
             if not known or groups.changed:
                 gates = self._gates(source, inputs, call)
-        return self.merged_maps(call, groups, names, gates, cells.shape[1])
+        return self.experts(call, groups, names, gates, cells.shape[1])
 
     def _gates(self, source: str, inputs: Tensor, call: Call) -> dict[str, Gates]:
         """Return the gates of the linear maps that read `source`; in scope `ffn` one router's serve all."""
@@ -169,10 +177,6 @@ class MeoFeedForward(Merger, nn.Module):
         if self.training and self.balance_loss:
             call.balance.append(balance * self.balance_loss)
         return gates
-
-    def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias stacks of a linear map."""
-        return self.experts.stack(name)
 
     @torch.no_grad()
     def initialize(self, init_weights: Callable[[nn.Module], None]) -> None:

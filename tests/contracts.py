@@ -179,7 +179,7 @@ def weights_combined_are_outputs_combined(case: Case) -> None:
     """Merging weights first is the same function as adding the outputs of each linear map."""
     model, inputs = case.drawn(), case.inputs()
     other = case.drawn(combine="outputs")
-    assert {m.combine for m in merged_of(other).values()} == {"outputs"}
+    assert {m.experts.combine for m in merged_of(other).values()} == {"outputs"}
     assert_close(logits_of(other, inputs), logits_of(model, inputs))
     assert_close(logits_of(other.float(), inputs_as(inputs, torch.float)), logits_of(model, inputs), 1e-5)
 

@@ -130,7 +130,7 @@ def test_override_at_load_changes_single_keys(tmp_path: Path) -> None:
     assert type(config).from_dict(model.config.to_dict(), meo={"combine": "outputs"}).meo == config.meo
     loaded, info = type(model).from_pretrained(tmp_path, meo={"combine": "outputs"}, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {module.combine for module in merged_of(loaded).values()} == {"outputs"}
+    assert {module.experts.combine for module in merged_of(loaded).values()} == {"outputs"}
     assert_close(logits_of(loaded, case.inputs()), logits_of(model, case.inputs()), 1e-5)
     with pytest.raises(MeoConfigError, match="unknown key"):
         type(model).from_pretrained(tmp_path, meo={"combin": "outputs"})
@@ -161,7 +161,7 @@ def test_auto_class_takes_the_override(tmp_path: Path) -> None:
     Case("bert", "sequence").drawn().float().save_pretrained(tmp_path)
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, meo={"combine": "outputs"})
     assert type(model).__name__ == "MeoBertForMaskedLM"
-    assert {module.combine for module in merged_of(model).values()} == {"outputs"}
+    assert {module.experts.combine for module in merged_of(model).values()} == {"outputs"}
 
 
 def test_adapter_added_at_load_changes_nothing(tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def test_one_token_groups_with_alike_experts_are_stock(case: MoeCase) -> None:
     moe_contracts.one_token_groups_with_alike_experts_are_stock(case)
 
 
+@pytest.mark.parametrize(
+    ("family", "switch", "value"),
+    [
+        *[(name, "norm_topk_prob", both) for name in ("qwen2_moe", "olmoe", "cohere2_moe") for both in (True, False)],
+        *[(name, "routed_scaling_factor", scale) for name in ("deepseek_v2", "deepseek_v3") for scale in (1.0, 2.5)],
+    ],
+)
+def test_sums_of_gates_scale_the_output(family: str, switch: str, value: float) -> None:
+    """Softmax and sigmoid routers, normalised and not, scaled and not."""
+    moe_contracts.one_token_groups_with_alike_experts_are_stock(MoeCase(family, overrides=((switch, value),)))
+
+
 @pytest.mark.parametrize("case", cases(ONE_EXPERT), ids=_id)
 def test_one_token_groups_with_one_expert_are_stock(case: MoeCase) -> None:
     moe_contracts.one_token_groups_with_one_expert_are_stock(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -28,6 +29,15 @@ FAMILIES = ("olmoe", "deepseek_v3", "gpt_oss", "dbrx", "jetmoe", "switch_transfo
 def stock(folder: Path, family: str = "mixtral", **options: Any) -> Path:
     tiny_moe(family).save_pretrained(folder, **options)
     return folder
+
+
+def sparse_mixture(folder: Path, gigabytes: float) -> Path:
+    """Make the benchmark's checkpoint, whose weights are holes in files."""
+    path = Path(__file__).parents[1] / "benchmarks/conversion/mixture.py"
+    spec = importlib.util.spec_from_file_location("mixture", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.sparse_mixture(folder, gigabytes)
 
 
 def words(text: str) -> str:
@@ -305,42 +315,6 @@ def test_aligned_experts_compute_what_they_did(family: str, tmp_path: Path) -> N
     assert all(row["after"] <= row["before"] for row in report.alignment)
     assert any(row["after"] < row["before"] for row in report.alignment)
     assert tensors(tmp_path / "out").keys() == tensors(source).keys()
-
-
-def sparse_mixture(folder: Path, gigabytes: float) -> Path:
-    """Write a synthetic Qwen3-MoE whose weights are holes in files."""
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=2048, num_hidden_layers=max(2, int(gigabytes * 1.5)), num_attention_heads=32, num_experts=64,
-        num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts_per_tok=8, vocab_size=151936,
-        architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": (151936, 2048), "lm_head.weight": (151936, 2048)}
-    shapes["model.norm.weight"] = (2048,)
-    maps = {"q_proj": (4096, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 4096)}
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}."
-        shapes |= {f"{at}self_attn.{name}.weight": shape for name, shape in maps.items()}
-        shapes |= {f"{at}self_attn.{name}_norm.weight": (128,) for name in "qk"}
-        shapes |= {f"{at}{name}_layernorm.weight": (2048,) for name in ("input", "post_attention")}
-        shapes[f"{at}mlp.gate.weight"] = (64, 2048)
-        for expert in range(64):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                shape = (2048, 768) if name == "down_proj" else (768, 2048)
-                shapes[f"{at}mlp.experts.{expert}.{name}.weight"] = shape
-    names, per_file, weight_map = list(shapes), 1000, {}
-    for number in range(0, len(names), per_file):
-        file, header, end = f"model-{number:05d}.safetensors", {}, 0
-        for name in names[number : number + per_file]:
-            size = 2 * torch.Size(shapes[name]).numel()
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [end, end + size]}
-            weight_map[name], end = file, end + size
-        text = json.dumps(header).encode()
-        with (folder / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(8 + len(text) + end)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
 
 
 @pytest.mark.parametrize("option", [(), ("--reference",)], ids=lambda option: "".join(option) or "linked")

@@ -614,7 +614,7 @@ def test_copies_of_a_row_may_go_separate_ways(combine: str) -> None:
     model, ids, _ = setup("sequence")
     model = copy.deepcopy(model)
     for module in merged_of(model).values():
-        module.combine = combine
+        module.experts.combine = combine
     sampled = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 1, "top_k": 0}
     cache = DynamicCache()
     torch.manual_seed(0)
