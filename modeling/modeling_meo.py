@@ -25,8 +25,9 @@ from .errors_meo import MeoConfigError
 from .families_meo import FAMILIES, family_of
 from .feedforward_meo import merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
+from .moe_adapters_meo import SparseBlock, stacking_conversions
 from .moe_families_meo import MOE_FAMILIES, MoeFamily
-from .moe_layouts_meo import SparseBlock, replace_moe, stacking_conversions
+from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
 from .reference_meo import break_links, load_options, own_options, source_of
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
