@@ -275,10 +275,15 @@ def case_top_k(block: nn.Module, read: Tensor) -> int:
     return min(found, len(read))
 
 
-def blocks_equal_the_oracle(case: MoeCase) -> None:
-    """Every block computes what its definition says, group by group, for real tokens."""
+def blocks_equal_the_oracle(case: MoeCase, prompts: tuple[int, ...] | None = None) -> None:
+    """Every block computes what its definition says, group by group, for real tokens.
+
+    With `prompts`, their lengths, what follows a prompt is an answer gated by all of it.
+    """
     stock = case.stock().float()  # in double precision eager attention makes NaN of rows that see nothing
-    model, inputs = case.merged(stock).float(), case.inputs()
+    level = {} if prompts is None else {"level": "sequence"}
+    model, inputs = case.merged(stock, **level).float(), case.inputs()
+    inputs |= {} if prompts is None else {"prompt_lengths": torch.tensor(prompts)}
     inputs["attention_mask"][0, slice(0, 3) if case.causal else slice(-3, None)] = 0
     mask = inputs["attention_mask"].bool()
     with torch.no_grad(), watched(model) as seen:
@@ -302,7 +307,11 @@ def blocks_equal_the_oracle(case: MoeCase) -> None:
                 known = read[row][mask[row]]
                 own = slice(None) if partner else mask[row]
                 x, y = given[row][own], gave[row][own]
-                groups = [(slice(None), known.mean(0))] if not case.causal else gate_inputs(known, SEGMENT, None)
+                groups = (
+                    [(slice(None), known.mean(0))]
+                    if not case.causal
+                    else gate_inputs(known, SEGMENT, prompts and prompts[row])
+                )
                 for tokens, state in groups:
                     gates = pooled_gates(case, block, state, one.arguments, one.tokens.dim())
                     assert_close(y[tokens], oracle(block, gates, x[tokens]), case.tolerance)

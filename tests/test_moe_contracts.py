@@ -22,6 +22,11 @@ def test_blocks_equal_the_oracle(case: MoeCase) -> None:
     moe_contracts.blocks_equal_the_oracle(case)
 
 
+@pytest.mark.parametrize("case", cases(["mixtral", "olmoe", "deepseek_v3", "gpt_oss", "dbrx", "jetmoe"]), ids=_id)
+def test_answers_are_gated_by_their_prompts(case: MoeCase) -> None:
+    moe_contracts.blocks_equal_the_oracle(case, (4, 6, 2))
+
+
 @pytest.mark.parametrize(
     ("family", "switch"), [(family, switch) for family in KEPT for switch in SWITCHES[family]], ids=lambda name: name
 )
