@@ -14,7 +14,7 @@ import torch
 from checkpoints import listing, run_cli, saved
 from meo_hf.modeling.cache_meo import LayerRouting
 from meo_hf.modeling.families_meo import FAMILIES
-from meo_hf.modeling.feedforward_meo import MeoFeedForward
+from meo_hf.modeling.feedforward_meo import MeoFeedForward, MergedExperts
 from meo_hf.modeling.modeling_meo import meo_model_class
 from rich.console import Console
 from tiny import draw_experts, main_class, meo_config, merged_of, spread, tiny_config, tiny_dense, tiny_inputs
@@ -181,7 +181,7 @@ def first_expert(self: MeoFeedForward, expert: int, x: Tensor, run: Any = moe._e
     ("owner", "name", "broken", "message"),
     [
         (LayerRouting, "frozen_input", lambda self, name: -self.pools[name].total, "meo (prompt), top_k 1: cached"),
-        (MeoFeedForward, "_fits", lambda *_: False, "meo (prompt), top_k 1: merged experts were not kept"),
+        (MergedExperts, "_fits", lambda *_: False, "meo (prompt), top_k 1: merged experts were not kept"),
         (moe, "_expert", first_expert, "moe, top_k 1: one layer's outputs"),
     ],
 )

@@ -158,13 +158,14 @@ def test_encoder_gates_are_merged_once_per_source(family: str) -> None:
     model, merges = setting.model(), []
     for path, module in merged_of(model).items():
         if "decoder" in path.split("."):
-            module._merge, original = lambda *a, o=module._merge: merges.append(len(a[1].top_k_index)) or o(*a), None
+            experts = module.experts
+            experts._merge, original = lambda *a, o=experts._merge: merges.append(len(a[1].top_k_index)) or o(*a), None
             assert original is None
     try:
         decoding.generated(setting, num_beams=3, max_new_tokens=10, min_new_tokens=10)
     finally:
         for module in merged_of(model).values():
-            module.__dict__.pop("_merge", None)
+            module.experts.__dict__.pop("_merge", None)
     maps = 2 * 2  # layers, linear maps
     assert merges == [2] * maps
 
