@@ -206,13 +206,18 @@ def test_inspect_and_dry_run_say_what_will_happen(tmp_path: Path) -> None:
     assert "untouched: the files are hard links to the source's" in words(done.out)
     assert "0 bytes of weights" in words(done.out)
     assert not (tmp_path / "out").exists()
+    done = run_cli("convert", source, tmp_path / "out", "--verify", "none", "--top-k", "3")
+    assert "note: merging experts' weights is another function than adding their outputs" in words(done.out)
+    shown = words(run_cli("inspect", tmp_path / "out").out)
+    assert "meo.num_experts 6" in shown
+    assert "meo.top_k 3" in shown
 
 
 def test_card_says_that_it_is_another_function(tmp_path: Path) -> None:
     convert(stock(tmp_path / "src"), tmp_path / "out", verify="none")
     card = (tmp_path / "out/README.md").read_text()
     assert "a different function, with other quality" in words(card)
-    assert "the source's router, reading each group's mean state" in card
+    assert "the source's router, reading the mean state of the segment before" in card
     assert "6, of which 2 are merged; the source's own" in card
 
 

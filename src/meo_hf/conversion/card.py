@@ -150,16 +150,21 @@ Quality was **not evaluated**: no benchmark was run on this model. {_BIRTH_TEXT[
 }}
 ```
 
-Made with meo_hf {report.versions["meo_hf"]}; `meo_report.json` has the sha256 of every weight file.
+Made with meo_hf {report.versions["meo_hf"]}; `meo_report.json` has the {_recorded(report)} of every weight file.
 """
 
 
 def _gates_text(report: ConversionReport) -> str:
     if not report.is_moe:
         return f"one per {'linear map' if report.meo['gate_scope'] == 'projection' else 'feed-forward'}"
+    read = "the segment before" if report.meo["level"] == "segment" else "what it may know"
     if report.meo["pooling"] == "hidden":
-        return "the source's router, reading each group's mean state"
-    return "the source's router, its gates averaged over each group's tokens"
+        return f"the source's router, reading the mean state of {read}"
+    return f"the source's router, its gates averaged over the tokens of {read}"
+
+
+def _recorded(report: ConversionReport) -> str:
+    return "sha256" if all("sha256" in file for file in report.files.values()) else "size and header's sha256"
 
 
 def _weights_text(report: ConversionReport) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.moe_plan import build_moe_plan
 from meo_hf.conversion.plan import Options, build_plan
@@ -22,7 +24,8 @@ from meo_hf.conversion.source import (
 )
 from meo_hf.errors import MeoError
 from meo_hf.modeling.configuration_meo import levels_of
-from meo_hf.modeling.moe_families_meo import MoeFamily
+from meo_hf.modeling.moe_families_meo import MOE_FAMILIES, MoeFamily
+from meo_hf.modeling.moe_settings_meo import num_experts_of, top_k_of
 
 
 @dataclass
@@ -69,6 +72,10 @@ def inspect(source: str | os.PathLike[str], *, revision: str | None = None, toke
         files=len({ref.path for ref in refs}),
         meo=raw.get("meo"),
     )
+    if found.model_type.removeprefix("meo_") in MOE_FAMILIES and found.meo is not None:
+        config = AutoConfig.from_pretrained(folder)
+        family = MOE_FAMILIES[found.model_type.removeprefix("meo_")]
+        found.meo |= {"num_experts": num_experts_of(config, family), "top_k": top_k_of(config, family)}
     if found.meo is None:
         _say_convertible(found, folder, gguf_file, options, tensors)
     return found

@@ -21,6 +21,11 @@ from meo_hf.errors import UsageError
 from meo_hf.modeling.reference_meo import fingerprint
 from meo_hf.version import versions
 
+ANOTHER_FUNCTION = (
+    "merging experts' weights is another function than adding their outputs: the checks show that it is computed as "
+    "defined, not that it is as good; `meo-hf compare SRC OUT --text FILE` measures that"
+)
+
 
 class MoeConversion:
     """The conversion of a mixture of experts, planned from headers alone."""
@@ -68,7 +73,7 @@ class MoeConversion:
                 "newly_initialised_on_load": plan.missing,
             },
             weights=weights,
-            warnings=warnings_of(plan.missing, [], source.model_class().__name__),
+            warnings=[*warnings_of(plan.missing, [], source.model_class().__name__), ANOTHER_FUNCTION],
             versions=versions(),
         )
 

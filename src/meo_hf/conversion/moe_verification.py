@@ -38,7 +38,8 @@ def _config_check(plan: MoePlan, folder: Path) -> Check:
     added = ("transformers_version", "auto_map", "_name_or_path", "architectures", "dtype")
     found, planned = type(plan.config).from_pretrained(folder).to_dict(), plan.config.to_dict()
     wrong = [key for key in sorted(found.keys() | planned) if key not in added and found.get(key) != planned.get(key)]
-    return Check("the config is the planned one", not wrong, f"differs in {', '.join(wrong)}" if wrong else "")
+    detail = f"differs in {', '.join(wrong)}" if wrong else f"{len(planned)} keys"
+    return Check("the config is the planned one", not wrong, detail)
 
 
 def _files_check(plan: MoePlan, folder: Path) -> Check:
@@ -55,7 +56,7 @@ def _files_check(plan: MoePlan, folder: Path) -> Check:
     )
     if same and not fingerprints:
         return Check(name, False, "the header or size of a file differs from the source's")
-    return Check(name, True, f"{len(written)} tensors in {len(same) or 'new'} files, {linked} of them the same file")
+    return Check(name, True, f"{len(written)} tensors; {linked} file(s) are the source's own")
 
 
 def _request(plan: MoePlan, folder: Path, mode: str) -> dict[str, Any]:
