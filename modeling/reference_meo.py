@@ -60,6 +60,6 @@ def load_options(options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
 
 def break_links(directory: str | os.PathLike[str]) -> None:
     """Remove hard-linked weight files before others are saved in their place: writing would change the source too."""
-    for path in Path(directory).glob("*.safetensors"):
+    for path in Path(directory).glob("model*.safetensors"):  # what Transformers writes; nothing else is touched
         if path.stat().st_nlink > 1:
             path.unlink()

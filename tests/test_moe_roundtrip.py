@@ -107,6 +107,9 @@ def test_saving_leaves_the_source_as_it_was(converted: Path) -> None:
     before = sha256(folder / "stock/model.safetensors")
     model = meo_model_class(transformers.MixtralForCausalLM).from_pretrained(folder / "meo")
     model.model.norm.weight.data.fill_(7.0)
+    (folder / "meo/adapter_model.safetensors").hardlink_to(folder / "batch.safetensors")
     model.save_pretrained(folder / "meo")
+    assert (folder / "meo/adapter_model.safetensors").samefile(folder / "batch.safetensors")
+    (folder / "meo/adapter_model.safetensors").unlink()
     assert sha256(folder / "stock/model.safetensors") == before
     assert float(tensors(folder / "meo")["model.norm.weight"][0]) == 7.0
