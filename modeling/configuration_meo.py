@@ -131,8 +131,7 @@ def settings_of(config: PreTrainedConfig) -> MeoSettings:
     if isinstance(family, MoeFamily):
         if (count := num_experts_of(config, family)) < 2:
             raise MeoConfigError(f"{_name(config)} has {count} experts here: its config makes a dense model")
-        own = {"num_experts": num_experts_of(config, family), "top_k": top_k_of(config, family)}
-        own["balance_loss"] = 0.0  # the family has its own
+        own = {"num_experts": count, "top_k": top_k_of(config, family), "balance_loss": 0.0}  # it has a loss of its own
     settings = MeoSettings.from_dict({**(config.meo or {}), **own})
     settings.level = settings.level or levels_of(config)[0]
     check_level(config, settings.level)

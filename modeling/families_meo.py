@@ -245,6 +245,11 @@ def _rows() -> list[Family]:
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _rows()}
 
 
+def has_row(model_type: str) -> bool:
+    """Return whether a Transformers model type has a row, dense or MoE."""
+    return model_type in FAMILIES or model_type in MOE_FAMILIES
+
+
 def family_of(model_type: str) -> Family | MoeFamily:
     """Return the row of a family, dense or MoE, given its Transformers model type (with or without `meo_`).
 

@@ -44,7 +44,7 @@ class Merger:
         """
         kept = groups.kept()
         if all(name in kept for name in names):
-            if gates and not groups.settled and groups.changed:
+            if groups.changed and not groups.settled:
                 for name in names:
                     kept[name] = self._merge_into(kept[name], name, gates[name], list(groups.changed))
         elif groups.keeps and self.combine == "weights" and self._fits(call, groups, names, gates[names[0]]):

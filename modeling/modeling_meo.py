@@ -22,11 +22,11 @@ from .cache_meo import decoder_cache, route_cache
 from .causal_meo import Reads, Stack
 from .configuration_meo import is_causal, meo_config_class, settings_of
 from .errors_meo import MeoConfigError
-from .families_meo import FAMILIES, family_of
-from .feedforward_meo import merged_feed_forwards, replace_blocks
+from .families_meo import family_of, has_row
+from .feedforward_meo import MeoFeedForward, merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
 from .moe_adapters_meo import SparseBlock, stacking_conversions
-from .moe_families_meo import MOE_FAMILIES, MoeFamily
+from .moe_families_meo import MoeFamily
 from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
 from .reference_meo import break_links, load_options, own_options, source_of
@@ -96,10 +96,8 @@ class MeoModelMixin:
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint filled, the merged feed-forwards like their dense originals."""
         super().initialize_weights()  # type: ignore[misc]
-        for _, module in merged_feed_forwards(self):  # type: ignore[arg-type]
-            module.initialize(self._init_weights)  # type: ignore[attr-defined]
         for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, SparseBlock):
+            if isinstance(module, (MeoFeedForward, SparseBlock)):
                 module.initialize(self._init_weights)  # type: ignore[attr-defined]
 
     @classmethod
@@ -206,8 +204,8 @@ def _mark_stacks(model: PreTrainedModel) -> None:
     """Tell each innermost model around merged feed-forwards what their gates read."""
     context: RoutingContext = model._meo_context  # type: ignore[assignment]
     owned: dict[PreTrainedModel, list[Any]] = {}
-    dense = [(path, module) for path, module in merged_feed_forwards(model)]
-    for path, site in [*dense, *((path, module._meo) for path, module in merged_moe(model))]:
+    mixtures = ((path, module._meo) for path, module in merged_moe(model))
+    for path, site in [*merged_feed_forwards(model), *mixtures]:
         owner: Any = model
         while path:
             path = path.rpartition(".")[0]
@@ -316,14 +314,9 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return globals()[name]
 
 
-def _known(config_class: Any) -> bool:
-    model_type = getattr(config_class, "model_type", None)
-    return model_type in FAMILIES or model_type in MOE_FAMILIES
-
-
 def __getattr__(name: str) -> Any:
     base = getattr(transformers, name[3:], None) if name.startswith("Meo") else None
     config_class = getattr(base, "config_class", None)
-    if base is not None and issubclass(base, PreTrainedModel) and _known(config_class):
+    if base is not None and issubclass(base, PreTrainedModel) and has_row(getattr(config_class, "model_type", "")):
         return meo_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

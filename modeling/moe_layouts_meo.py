@@ -26,7 +26,7 @@ from .moe_adapters_meo import (
     Top2Routing,
 )
 from .moe_families_meo import Layout, MoeFamily
-from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module
+from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module, place_module
 from .routing_meo import RoutingContext
 
 
@@ -125,7 +125,7 @@ def replace_moe(model: nn.Module, family: MoeFamily, settings: MeoSettings, cont
         partner = family.kind == "encoder-decoder" and "decoder" in path.split(".")
         layer = cache_layer(model, path, layer_number(path))
         block = module if family.layout == "dbrx" else None
-        site = Site(path, layer, settings.level or "", settings.pooling or "", partner, block)
+        site = Site(path, layer, partner, block)
         _merge_block(model, module, family.layout, site, context, settings.combine)
 
 
@@ -133,13 +133,13 @@ def _merge_block(
     model: nn.Module, module: Any, layout: Layout, site: Site, context: RoutingContext, combine: str
 ) -> None:
     def merge(part: nn.Module, mixin: type, name: str = "") -> None:
-        own = site if not name else Site(name, site.layer, site.level, site.pooling, site.reads_encoder)
+        own = site if not name else Site(name, site.layer, site.reads_encoder)
         merge_module(part, mixin, own, context, combine)
 
     if layout == "modules":
         sparse = SparseBlock(module)
         model.set_submodule(site.path, sparse)
         merge(sparse.router, Top2Routing if hasattr(sparse.router, "second_expert_policy") else Top1Routing)
-        sparse.experts._meo, sparse.experts._context, sparse.experts.combine = site, context, combine
+        place_module(sparse.experts, site, context, combine)
         return
     MERGE[layout](module, merge)

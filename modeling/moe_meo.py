@@ -29,12 +29,10 @@ from .routing_meo import Call, RoutingContext
 
 @dataclass
 class Site:
-    """Where an MoE block sits: its path, its place in a KV cache, how its gates are pooled; for DBRX also the block."""
+    """Where an MoE block sits: its path, its place in a KV cache, what its gates read; for DBRX also the block."""
 
     path: str
     layer: int
-    level: str
-    pooling: str
     reads_encoder: bool
     block: Any = None
 
@@ -66,8 +64,9 @@ class GroupRouter:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Route tokens [T, D] or [B, S, D]; gates come per group [N, K], all else per token."""
         call = self._context.call()
-        groups = call.groups(self._meo.level, self._meo.layer)
-        if self._meo.pooling == "hidden":
+        settings = self._context.settings
+        groups = call.groups(settings.level or "", self._meo.layer)
+        if settings.pooling == "hidden":
             cells = groups.split(call.grouped(hidden_states))
             read = groups.read("hidden", cells)
             choose = functools.partial(self._route_pooled, hidden_states, args, kwargs)
@@ -227,6 +226,11 @@ def _unpickled(mixin: type, base: type) -> Any:
 def merge_module(module: nn.Module, mixin: type, site: Site, context: RoutingContext, combine: str) -> None:
     """Make a live module merge: it keeps its parameters and gets a made subclass of its class."""
     module.__class__ = merging_class(mixin, type(module))  # type: ignore[arg-type]
+    place_module(module, site, context, combine)
+
+
+def place_module(module: nn.Module, site: Site, context: RoutingContext, combine: str) -> None:
+    """Tell a merging module where it sits."""
     module._meo, module._context, module.combine = site, context, combine  # type: ignore[assignment]
 
 

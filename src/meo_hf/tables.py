@@ -60,7 +60,7 @@ def report_table(report: ConversionReport) -> Table:
         rows["would write"] = f"{report.bytes_to_write:,} bytes of weights"
         rows["memory needed"] = f"about {(report.working_memory + 700 * 2**20) / 2**20:,.0f} MiB, without checks"
         return _two_columns("Plan (dry run: nothing was written)", rows)
-    rows["written"] = f"{_bytes_written(report):,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
+    rows["written"] = f"{report.bytes_to_write:,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
     for name, file in report.files.items():
         if "sha256" in file:
             rows[f"sha256 {name}"] = file["sha256"]
@@ -82,10 +82,6 @@ _WEIGHTS = {
     "reference": "not here: loaded from the source",
     "rewrite": "experts' neurons permuted, all else copied",
 }
-
-
-def _bytes_written(report: ConversionReport) -> int:
-    return 0 if report.weights in ("link", "reference") else report.bytes_to_write
 
 
 def _gating(meo: dict[str, Any]) -> str:

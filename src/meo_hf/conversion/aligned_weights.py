@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import WeightConverter
 
 from meo_hf.conversion.alignment import (
     Alignment,
@@ -31,6 +30,7 @@ from meo_hf.conversion.alignment import (
     solver,
 )
 from meo_hf.conversion.births import Copied, Recipe, generator
+from meo_hf.conversion.names import live_places
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
 from meo_hf.conversion.source import Source, first_line
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
@@ -229,17 +229,9 @@ class _Stored:
 
 def _find(model: PreTrainedModel, source: Source) -> dict[str, _Found]:
     """Return what each live tensor is loaded from, as `from_pretrained` of this model would."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, _Found] = {}
-    for name in sorted(source.tensors, key=dot_natural_key):
-        live, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if live not in state and name in state:
-            live, pattern = name, None
-        entry = found.setdefault(live, _Found(by_pattern.get(pattern or "")))
+    for name, live, pattern, converter in live_places(model, source.tensors):
+        entry = found.setdefault(live, _Found(converter))
         entry.refs.setdefault(pattern or name, []).append(source.tensors[name])
     return found
 

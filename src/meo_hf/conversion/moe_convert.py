@@ -40,6 +40,8 @@ class MoeConversion:
             raise UsageError(f"--reference leaves the weights where they are, so {idle} has no effect: leave one out")
         self.plan = build_moe_plan(sources[0], options)
         self.plan.aligned = placement.align
+        if placement.reference:
+            self.plan.config.meo["weights"] = reference_to(sources[0])
         self._placement, self._max_shard_size = placement, max_shard_size
 
     def report(self, output: Path, options: dict[str, Any]) -> ConversionReport:
@@ -88,14 +90,12 @@ class MoeConversion:
         """Write config, code and tokenizer, and put the weights where they were asked for."""
         start, source = time.perf_counter(), self.plan.source
         progress.stage({"link": "linking", "copy": "copying"}.get(report.weights, "writing"), source.nbytes)
-        if self._placement.reference:
-            self.plan.config.meo["weights"] = report.meo["weights"] = reference_to(source)
-        elif self._placement.align:
+        if self._placement.align:
             self._write_aligned(folder, report, progress)
-        else:
+        elif not self._placement.reference:
             report.files = place_weights(source, folder, self._placement.copy, progress.advance)
-            if any(file["how"] == "copied" for file in report.files.values()):
-                report.weights = "copy"
+            if copied := sum(file["bytes"] for file in report.files.values() if file["how"] == "copied"):
+                report.weights, report.bytes_read, report.bytes_to_write = "copy", copied, copied
         self.plan.config.save_pretrained(folder)
         for lost in write_companions(source, folder):
             report.warnings.append(f"not carried over: {lost}")
@@ -117,8 +117,6 @@ class MoeConversion:
         report.verification = verify
         if verify == "none":
             return
-        if self._placement.reference:
-            self.plan.config.meo["weights"] = reference_to(self.plan.source)
         progress.stage(f"checking ({verify})", self.plan.source.nbytes)
         report.verification, checks = verify_moe(self.plan, folder, verify)
         report.checks += checks

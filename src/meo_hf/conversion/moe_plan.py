@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from meo_hf.conversion.names import live_names
-from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, Options, matches, parse_layers
+from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, Options, check_decoder_options, matches, parse_layers
 from meo_hf.conversion.source import Source, meta_model
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
-from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, check_level, is_causal, levels_of, meo_config_class
+from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, check_level, levels_of, meo_config_class
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.moe_families_meo import MoeFamily
 from meo_hf.modeling.moe_layouts_meo import expert_tensors, layer_number, moe_blocks
@@ -133,10 +133,7 @@ def _layers(text: str, have: list[int]) -> list[int]:
 def _config(source: Source, options: Options, layers: list[int] | None) -> PreTrainedConfig:
     level = options.level or levels_of(source.config)[0]
     check_level(source.config, level)
-    for name in ("segment_length", "routing"):
-        if getattr(options, name) is not None and not is_causal(source.config):
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
+    check_decoder_options(source, options, level)
     values = source.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "_name_or_path"):  # the version tells a config its defaults
         values.pop(key, None)

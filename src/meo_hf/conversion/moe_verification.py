@@ -49,13 +49,10 @@ def _files_check(plan: MoePlan, folder: Path) -> Check:
     expected = {key: ref.spec for key, ref in plan.source.tensors.items()}
     if wrong := [key for key in sorted(written.keys() | expected) if written.get(key) != expected.get(key)]:
         return Check(name, False, f"{len(wrong)} differ, e.g. {wrong[0]}")
-    same = [p.name for p in weight_files(plan.source) if (folder / p.name).is_file()]
-    linked = sum((folder / p.name).samefile(p) for p in weight_files(plan.source) if p.name in same)
-    fingerprints = all(
-        fingerprint(p) == fingerprint(folder / p.name) for p in weight_files(plan.source) if p.name in same
-    )
-    if same and not fingerprints:
+    kept = [(path, folder / path.name) for path in weight_files(plan.source) if (folder / path.name).is_file()]
+    if any(fingerprint(theirs) != fingerprint(ours) for theirs, ours in kept):
         return Check(name, False, "the header or size of a file differs from the source's")
+    linked = sum(ours.samefile(theirs) for theirs, ours in kept)
     return Check(name, True, f"{len(written)} tensors; {linked} file(s) are the source's own")
 
 

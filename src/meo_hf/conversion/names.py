@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -23,19 +23,28 @@ def live_names(model: PreTrainedModel, disk_names: Iterable[str], computed: bool
 
     With `computed`, several tensors may become one. Raises UnsupportedError where loading would compute without it.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state = model.state_dict()
     names = {}
-    for name in sorted(disk_names, key=dot_natural_key):  # some renamings begin where another was seen
-        live, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if live not in state and name in state:  # Transformers' own exception for names that were live already
-            live, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+    for name, live, pattern, _ in live_places(model, disk_names):
         if pattern is not None and not computed:
             raise UnsupportedError(f"{name} is converted, not only renamed, when {type(model).__name__} loads it")
         names[name] = live
     return names
+
+
+def live_places(
+    model: PreTrainedModel, disk_names: Iterable[str]
+) -> Iterator[tuple[str, str, str | None, WeightConverter | None]]:
+    """Yield disk name, live name and, where loading computes, the pattern and the converter that it matches."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    for name in sorted(disk_names, key=dot_natural_key):  # some renamings begin where another was seen
+        live, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if live not in state and name in state:  # Transformers' own exception for names that were live already
+            live, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        yield name, live, pattern, by_pattern.get(pattern or "")
 
 
 def disk_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

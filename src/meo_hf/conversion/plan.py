@@ -161,10 +161,7 @@ def _meo_config(
     if level not in ("segment", "sequence", "token", "task"):
         raise MeoConfigError(f"unknown level {level!r}: give segment, sequence, token or task")
     check_level(source.config, level)
-    for name in ("segment_length", "routing"):
-        if getattr(options, name) is not None and (level == "task" or not is_causal(source.config)):
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
+    check_decoder_options(source, options, level)
     if options.pooling is not None:
         raise UsageError(f"--pooling has no effect on a dense model ({source.config.model_type}): leave it out")
     if options.tasks and level != "task":
@@ -188,6 +185,14 @@ def _meo_config(
     config.architectures = [f"Meo{source.model_class().__name__}"]
     config.dtype = options.dtype or source.dtype
     return config
+
+
+def check_decoder_options(source: Source, options: Options, level: str) -> None:
+    """Raise UsageError for an option of decoders' gates where gates read no past."""
+    for name in ("segment_length", "routing"):
+        if getattr(options, name) is not None and (level == "task" or not is_causal(source.config)):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
 
 
 def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTrainedModel) -> None:

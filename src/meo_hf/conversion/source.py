@@ -20,8 +20,8 @@ from meo_hf.conversion.fetch import PICKLE_INDEX, SAFETENSORS_INDEX, SourceOptio
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, known_spec, read_header, within
 from meo_hf.errors import CheckpointError, MeoConfigError, MeoError, SourceError, UnsupportedError
 from meo_hf.modeling.blocks_meo import describe_unknown
-from meo_hf.modeling.families_meo import FAMILIES, Family, family_of
-from meo_hf.modeling.moe_families_meo import MOE_FAMILIES, MoeFamily
+from meo_hf.modeling.families_meo import FAMILIES, Family, family_of, has_row
+from meo_hf.modeling.moe_families_meo import MoeFamily
 from meo_hf.modeling.remote_meo import heads_of
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -174,20 +174,16 @@ def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> 
     model_type = str(raw.get("model_type", ""))
     if model_type.startswith("meo_") or "meo" in raw:
         raise UnsupportedError(f"{folder} is a MEO model already: nothing to convert; `meo-hf inspect` shows it")
-    if not _known(model_type) and "auto_map" in raw and not options.trust_remote_code:
+    if not has_row(model_type) and "auto_map" in raw and not options.trust_remote_code:
         raise UnsupportedError(
             f"{folder} brings its own code (model type {model_type!r}), which is not run unless you trust it: "
             "read it, then pass --trust-remote-code"
         )
     try:
-        code = {"trust_remote_code": True} if options.trust_remote_code and not _known(model_type) else {}
+        code = {"trust_remote_code": True} if options.trust_remote_code and not has_row(model_type) else {}
         return AutoConfig.from_pretrained(folder, **code)
     except Exception as error:  # transformers raises many kinds; each means that the config is unusable
         raise UnsupportedError(f"transformers cannot read the config of {folder}: {first_line(error)}") from None
-
-
-def _known(model_type: str) -> bool:
-    return model_type in FAMILIES or model_type in MOE_FAMILIES
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
