@@ -122,10 +122,11 @@ def test_command_prints_and_writes_what_it_saw(
     pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli, "out", Console(width=200, highlight=False))
+    monkeypatch.setattr(cli, "out", Console(width=80, highlight=False))
     source, meo, text = pair
     options = (*SMALL, "--also", source, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     done = run_cli("compare", source, meo, "--text", text, *options)
+    assert "…" not in done.out, "a narrow terminal cuts numbers"
     assert done.code == 0, done.err
     assert listing(tmp_path).keys() == {"r.json", "r.png"}
     rows = [" ".join(line.split()) for line in done.out.splitlines()]

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from meo_hf.cli_bench import check_outputs
+
+TABLE_WIDTH = 120
 
 
 def compare_command(
@@ -54,8 +57,9 @@ def compare_command(
     with _bar() as advance:
         result = compare(source, output, text, settings, also or (), advance)
     name = public_name(source)
-    out.print(compare_table(result, machine))
-    out.print(layers_table(result))
+    wide = Console(file=out.file, width=max(out.width, TABLE_WIDTH), highlight=False)  # numbers are never cut
+    for table in (compare_table(result, machine), layers_table(result)):
+        wide.print(table)
     for line in notes(result, machine, name):
         out.print(line, markup=False, soft_wrap=True)
     if json_file is not None:
