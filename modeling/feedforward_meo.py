@@ -27,10 +27,14 @@ from .blocks_meo import (
 from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
 from .families_meo import Family
-from .groups_meo import Groups
-from .merger_meo import Linear, Merger
+from .groups_meo import Groups, TaskGroups
+from .merger_meo import Linear, Merger, gated_at_once
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
+from .task_memory_meo import TaskMemory
+
+STEP_TOKENS = 32
+"""Up to this many tokens a call counts as a decoding step, which looks at weights' versions alone."""
 
 
 class MergedExperts(Merger, nn.Module):
@@ -42,7 +46,7 @@ class MergedExperts(Merger, nn.Module):
 
     def __init__(self, block: Block, num_experts: int, combine: str, context: RoutingContext) -> None:
         super().__init__()
-        self.combine, self._context = combine, context
+        self.combine, self.maps, self._context = combine, block.maps, context
         hidden, intermediate = block.features
         self.gated = block.gated
         self.down_proj: nn.Parameter
@@ -57,10 +61,10 @@ class MergedExperts(Merger, nn.Module):
             self.register_parameter(f"{name}_bias", bias if has_bias else None)
 
     def forward(
-        self, call: Call, groups: Groups, names: tuple[str, ...], gates: dict[str, Gates], tokens: int
+        self, call: Call, groups: Groups, names: tuple[str, ...], gates: dict[str, Gates], pieces: bool
     ) -> dict[str, Linear]:
         """Return linear maps of the merged experts as functions of tokens [N, W, I]."""
-        return self.merged_maps(call, groups, names, gates, tokens)
+        return self.merged_maps(call, groups, names, gates, pieces=pieces)
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias stacks of a linear map; `gate_proj` and `up_proj` are halves of the fused one."""
@@ -93,6 +97,9 @@ class MeoFeedForward(nn.Module):
         self.layer = block.layer
         self.level, self.scope = settings.level or "", settings.gate_scope
         self.balance_loss = settings.balance_loss if settings.num_experts > 1 else 0.0
+        self.noisy = settings.router == "noisy_top_k"
+        self.tasks = len(settings.tasks)
+        self._task_memory = TaskMemory()
         self.reads_encoder = block.causal_partner
         self.maps = block.maps
         self.gated = block.gated
@@ -123,6 +130,8 @@ class MeoFeedForward(nn.Module):
         """Run tokens [B, S, D] (or flattened [B * S, D]) through their merged experts; keeps the shape."""
         call = self._context.call()
         groups = call.groups(self.level, self.layer)
+        if isinstance(groups, TaskGroups):
+            self._share(groups, hidden_states)
         x = groups.split(call.grouped(hidden_states))  # [N, W, D]
         linear = self._linear_maps(call, groups, "hidden", x)
         x = x if self.adapter is None else self.adapter(x)
@@ -141,10 +150,29 @@ class MeoFeedForward(nn.Module):
                 self._linear_maps(call, answer, source, x if source == "hidden" else h)
         return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
 
+    def _share(self, groups: TaskGroups, hidden_states: Tensor) -> None:
+        """Let rows of a task share its gate where nothing makes their gates differ, and their merged expert stay."""
+        if self.training and (self.noisy or self.balance_loss):
+            return
+        memory, parameters = None, list(self.parameters())
+        lasting = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if lasting and all(type(p) in (Tensor, nn.Parameter) for p in parameters):
+            memory = self._task_memory
+            memory.refresh(parameters, closely=hidden_states.shape[:-1].numel() > STEP_TOKENS)
+        groups.share(self.tasks, memory)
+
+    def train(self, mode: bool = True) -> MeoFeedForward:
+        """Set the mode; what was merged for tasks is forgotten."""
+        self._task_memory.forget()
+        return super().train(mode)
+
     def _activate(self, linear: dict[str, Linear], x: Tensor) -> Tensor:
         if "gate_proj" in linear:
             h = self.activation(linear["gate_proj"](x)) * linear["up_proj"](x)
         elif self.gated:
+            at_once = gated_at_once(linear["gate_up_proj"], x, self.activation)
+            if at_once is not None:
+                return self.dropout(at_once)
             gate, value = linear["gate_up_proj"](x).chunk(2, dim=-1)
             h = self.activation(gate) * value
         else:
@@ -163,7 +191,7 @@ class MeoFeedForward(nn.Module):
             inputs = groups.read(source, cells).to(cells.device)
             if not known or groups.changed:
                 gates = self._gates(source, inputs, call)
-        return self.experts(call, groups, names, gates, cells.shape[1])
+        return self.experts(call, groups, names, gates, bool(self.chunk_size))
 
     def _gates(self, source: str, inputs: Tensor, call: Call) -> dict[str, Gates]:
         """Return the gates of the linear maps that read `source`; in scope `ffn` one router's serve all."""

@@ -5,13 +5,14 @@ Legend: B rows, S positions, N groups of a call, W tokens per group, D features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cache_meo import LayerRouting, Maps
 from .segments_meo import Layout, Pool, advance
+from .task_memory_meo import TaskMemory
 
 if TYPE_CHECKING:
     from .causal_meo import CausalCall
@@ -31,13 +32,15 @@ class Groups:
     """The groups of one feed-forward in one call; here each row is a group and its gate reads the row's mean.
 
     `memory` outlives the call beside a KV cache; where a call `keeps`, merged experts may stay there, and of those
-    already there `changed` rows must be merged anew. Gates that are `settled` need not be asked again.
+    already there `changed` rows must be merged anew. Gates that are `settled` need not be asked again. `owner` [N] says
+    which gate each group has, None where each has its own.
     """
 
     memory: LayerRouting | None = None
     keeps = False
     settled = False
     changed: tuple[int, ...] = ()
+    owner: Tensor | None = None
 
     def __init__(self, mask: Tensor | None = None) -> None:
         self._mask = mask
@@ -58,6 +61,11 @@ class Groups:
         """Return the merged experts that the memory holds for these groups."""
         return self.memory.merged if self.memory is not None and self.keeps else {}
 
+    @property
+    def crowding(self) -> Any:
+        """Where to note that merged experts do not fit."""
+        return self.memory
+
     def close(self) -> None:
         """Leave the memory as the next call should find it."""
 
@@ -65,9 +73,19 @@ class Groups:
 class TaskGroups(Groups):
     """Level `task`: the gate reads the task; one task for the whole batch is one group."""
 
+    settled = True
+
     def __init__(self, task: int | None, task_ids: Tensor | None) -> None:
         self._task, self._ids = task, task_ids
         self._rows = 0
+        self._tasks: int | None = None
+        self._remembered: TaskMemory | None = None
+
+    def share(self, tasks: int, memory: TaskMemory | None) -> None:
+        """Let rows of one task share a gate, and keep what is merged in a memory if there is one."""
+        self._tasks, self._remembered, self.keeps = tasks, memory, memory is not None
+        if self._ids is not None:
+            self.owner = self._ids
 
     def split(self, x: Tensor) -> Tensor:
         """One group for the batch, or one per row."""
@@ -79,10 +97,21 @@ class TaskGroups(Groups):
         return y.reshape(self._rows, -1, y.shape[-1])
 
     def read(self, name: str, cells: Tensor) -> Tensor:
-        """Return task ids [N]."""
-        if self._ids is not None:
-            return self._ids
-        return torch.full((1,), self._task or 0, dtype=torch.long, device=cells.device)
+        """Return task ids, one per gate."""
+        if self._ids is None:
+            return torch.full((1,), self._task or 0, dtype=torch.long, device=cells.device)
+        return self._ids if self.owner is None else torch.arange(self._tasks or 0, device=self._ids.device)
+
+    def kept(self) -> Maps:
+        """Return what is merged for this task, or for all tasks if each row has its own."""
+        if self._remembered is None:
+            return {}
+        return self._remembered.merged.setdefault(None if self._ids is not None else self._task, {})
+
+    @property
+    def crowding(self) -> Any:
+        """Where to note that merged experts do not fit."""
+        return self._remembered
 
 
 class SegmentGroups(Groups):

@@ -7,14 +7,17 @@ O output features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .groups_meo import Groups
-from .merging_meo import combine_outputs, grouped_linear, merge_experts
+from .groups_meo import Groups, TaskGroups
+from .merged_linear_meo import gated_linear, merged_linear
+from .merging_meo import grouped_linear, merge_experts, owned_linear
+from .plans_meo import saved_by_keeping, work_of_stack
 from .router_meo import Gates
 from .routing_meo import Call, RoutingContext
 
@@ -25,10 +28,12 @@ Linear = Callable[[Tensor], Tensor]
 class Merger:
     """What a module adds to itself to merge its experts' linear maps.
 
-    `combine` is `weights`, or `outputs` for the same function without merged weights.
+    `maps` are their names; `combine` is `weights`, or `outputs` for the same function without merged weights,
+    whatever that costs.
     """
 
     combine: str
+    maps: tuple[str, ...]
     _context: RoutingContext
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -36,29 +41,47 @@ class Merger:
         raise NotImplementedError
 
     def merged_maps(
-        self, call: Call, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates], tokens: int
+        self, call: Call, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates], *, pieces: bool = False
     ) -> dict[str, Linear]:
         """Return linear maps as functions of tokens [N, W, I].
 
-        `gates` may be empty where all maps are kept and no group has changed; `tokens` are those per group.
+        `gates` may be empty where all maps are kept and no group has changed; `pieces` says that each map will be
+        asked several times.
         """
         kept = groups.kept()
         if all(name in kept for name in names):
             if groups.changed and not groups.settled:
                 for name in names:
                     kept[name] = self._merge_into(kept[name], name, gates[name], list(groups.changed))
-        elif groups.keeps and self.combine == "weights" and self._fits(call, groups, names, gates[names[0]]):
+        elif (
+            groups.keeps
+            and self.combine == "weights"
+            and self._pays(groups, names, gates)
+            and self._fits(call, groups, names, gates[names[0]])
+        ):
             kept |= {name: self._merge(name, gates[name]) for name in names}
         else:
-            return {name: self._linear(name, gates[name], tokens) for name in names}
-        return {name: _bound(*kept[name]) for name in names}
+            return {name: self._linear(groups, name, gates[name], pieces) for name in names}
+        return {name: _bound(*kept[name], groups.owner) for name in names}
 
-    def _linear(self, name: str, gates: Gates, tokens: int) -> Linear:
-        """Return one linear map of the merged experts for groups of some tokens."""
-        if self.combine == "outputs" or tokens == 1:  # for a single token merging only adds traffic
-            stack, bias = self.stack(name)
-            return lambda x: combine_outputs(x.to(stack.dtype), stack, bias, *gates)
-        return _bound(*self._merge(name, gates))
+    def _linear(self, groups: Groups, name: str, gates: Gates, pieces: bool) -> Linear:
+        """Return one linear map, to be computed by the plan that fits the tokens."""
+        if pieces and self.combine == "weights":
+            return _bound(*self._merge(name, gates), groups.owner)
+        plan = "combine" if self.combine == "outputs" else self._context.plan
+        return MergedMap(*self.stack(name), gates, groups.owner, plan)
+
+    def _pays(self, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates]) -> bool:
+        """Whether steps of a token per group will be faster with merged experts that stay."""
+        if isinstance(groups, TaskGroups):  # they serve calls of any size
+            return True
+        if self._context.plan is not None:
+            return self._context.plan != "combine"
+        saved = 0.0
+        for name in names:
+            count, top_k = gates[name].top_k_index.shape
+            saved += saved_by_keeping(work_of_stack(self.stack(name)[0], count, count, top_k))
+        return saved >= 0
 
     def _merge(self, name: str, gates: Gates) -> tuple[Tensor, Tensor | None]:
         stack, bias = self.stack(name)
@@ -78,7 +101,7 @@ class Merger:
 
     def _fits(self, call: Call, groups: Groups, names: tuple[str, ...], gates: Gates) -> bool:
         """Whether merged experts of all groups may be kept; if not, say so once and combine outputs from now on."""
-        memory, rows = groups.memory, gates.top_k_index.shape[0]
+        memory, rows = groups.crowding, gates.top_k_index.shape[0]
         if memory is None or memory.crowded:
             return False
         stacks = [tensor for name in names for tensor in self.stack(name) if tensor is not None]
@@ -99,5 +122,44 @@ class Merger:
         return True
 
 
-def _bound(weight: Tensor, bias: Tensor | None) -> Linear:
-    return lambda x: grouped_linear(x, weight, bias)
+@dataclass
+class MergedMap:
+    """A linear map of experts that are merged while it is applied, to tokens [N, W, I]."""
+
+    stack: Tensor
+    bias: Tensor | None
+    gates: Gates
+    owner: Tensor | None
+    plan: str | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map [N, W, O]."""
+        return merged_linear(x, self.stack, self.bias, *self.gates, self.owner, self.plan)
+
+    def gated(self, x: Tensor, activation: object) -> Tensor | None:
+        """Apply gate, up and activation at once [N, W, F]; None where that is not possible, or not fastest."""
+        name = ACTIVATION_NAMES.get(type(activation).__name__)
+        if name is None or self.owner is not None or self.plan not in (None, "fused"):
+            return None
+        return gated_linear(x, self.stack, self.bias, *self.gates, name)
+
+
+ACTIVATION_NAMES = {  # class in Transformers or PyTorch -> name in the kernels
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+def gated_at_once(linear: Linear, x: Tensor, activation: object) -> Tensor | None:
+    """Return activation(gate) * up of a fused gate and up projection in one kernel, None where there is none."""
+    return linear.gated(x, activation) if isinstance(linear, MergedMap) else None
+
+
+def _bound(weight: Tensor, bias: Tensor | None, owner: Tensor | None) -> Linear:
+    if owner is None:
+        return lambda x: grouped_linear(x, weight, bias)
+    return lambda x: owned_linear(x, weight, bias, owner)

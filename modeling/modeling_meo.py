@@ -29,6 +29,7 @@ from .moe_adapters_meo import SparseBlock, stacking_conversions
 from .moe_families_meo import MoeFamily
 from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
+from .planning_meo import PlannedModel, check_plan, plan_model
 from .reference_meo import break_links, load_options, own_options, source_of
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
@@ -119,6 +120,18 @@ class MeoModelMixin:
         task = self._meo_default_task if task is None else task
         self._meo_context.task = None if task is None else settings.tasks.index(task)
         self.config.meo = {**settings.to_dict(), "default_task": task}
+
+    def meo_plan(self, batch: int = 1, tokens: int = 128, stage: str = "prefill") -> PlannedModel:
+        """Say how each linear map of merged experts would be computed, and what that should take; print the result.
+
+        `stage` is `prefill`, `batch` rows of `tokens` tokens at once, or `decode`, one more token per row.
+        """
+        return plan_model(self, batch, tokens, stage)
+
+    def set_meo_plan(self, plan: str | None) -> None:
+        """Compute all merged experts by one plan, in this process; None goes back to choosing by shapes."""
+        check_plan(plan)
+        self._meo_context.plan = plan
 
     def route_cache(self, cache: Any) -> None:
         """Make room for routing state in a KV cache, in place.

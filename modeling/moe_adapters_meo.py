@@ -122,14 +122,16 @@ class JetMoeLinear(Merger):
     _meo: Site
     weight: Any
 
+    maps = ("weight",)
+
     def stack(self, name: str) -> tuple[Tensor, None]:
         """Return the weights."""
         return self.weight, None
 
-    def forward(self, call: Call, groups: Groups, gates: Gates, x: Tensor | None, tokens: int) -> Tensor | None:
+    def forward(self, call: Call, groups: Groups, gates: Gates, x: Tensor | None) -> Tensor | None:
         """Map tokens [N, W, I] -> [N, W, O]; without tokens only merge."""
         name = self._meo.path
-        linear = self.merged_maps(call, groups, (name,), {name: gates}, tokens)
+        linear = self.merged_maps(call, groups, (name,), {name: gates})
         return None if x is None else linear[name](x)
 
 
@@ -142,6 +144,8 @@ class JetMoeBlock(MergedExpertsMixin):
     input_linear: Any
     output_linear: Any
 
+    maps = ()  # they are its linear modules'
+
     def forward(self, layer_input: Tensor) -> Tensor:  # type: ignore[override]
         """Run tokens [B, S, D]."""
         flat = layer_input.reshape(-1, layer_input.shape[-1])
@@ -150,14 +154,14 @@ class JetMoeBlock(MergedExpertsMixin):
 
     def _run(self, call: Call, groups: Groups, gates: Gates) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            gate, up = self.input_linear(call, groups, gates, x, x.shape[1]).chunk(2, dim=-1)
-            return self.output_linear(call, groups, gates, self.activation(gate) * up, x.shape[1])
+            gate, up = self.input_linear(call, groups, gates, x).chunk(2, dim=-1)
+            return self.output_linear(call, groups, gates, self.activation(gate) * up)
 
         return run
 
-    def _prepare(self, call: Call, groups: Groups, gates: Gates, tokens: int) -> None:
+    def _prepare(self, call: Call, groups: Groups, gates: Gates) -> None:
         for linear in (self.input_linear, self.output_linear):
-            linear(call, groups, gates, None, tokens)
+            linear(call, groups, gates, None)
 
 
 class Top1Routing(GroupRouter):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors_meo import RoutingError
 from .groups_meo import Groups
-from .merger_meo import Linear, Merger
+from .merger_meo import Linear, Merger, gated_at_once
 from .router_meo import Gates
 from .routing_meo import Call, RoutingContext
 
@@ -152,11 +152,11 @@ class MergedExpertsMixin(Merger):
         if routed.answer is not None and routed.answer_gates is not None:
             weights, index = routed.answer_gates
             answer, _, _ = self._normalise(index, weights)
-            self._prepare(call, routed.answer, answer, x.shape[1])
+            self._prepare(call, routed.answer, answer)
         return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
 
     @property
-    def maps(self) -> tuple[str, ...]:
+    def maps(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the linear maps in the order of their use."""
         first = "gate_up_proj" if hasattr(self, "gate_up_proj") else "up_proj"
         return first, "down_proj"
@@ -180,7 +180,7 @@ class MergedExpertsMixin(Merger):
         """Return the merged expert as a function of tokens [N, W, D]."""
 
         def run(x: Tensor) -> Tensor:
-            linear = self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates), x.shape[1])
+            linear = self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates))
             y = self._compute(linear, x)
             return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
@@ -188,11 +188,16 @@ class MergedExpertsMixin(Merger):
 
     def _compute(self, linear: dict[str, Linear], x: Tensor) -> Tensor:
         first, last = self.maps
+        apply_gate = getattr(self, "_apply_gate", None)  # which Transformers gives to experts that have none
+        if first == "gate_up_proj" and getattr(apply_gate, "__name__", "_default_apply_gate") == "_default_apply_gate":
+            at_once = gated_at_once(linear[first], x, self.act_fn)
+            if at_once is not None:
+                return linear[last](at_once)
         return linear[last](self._activate(linear[first](x)))
 
-    def _prepare(self, call: Call, groups: Groups, gates: Gates, tokens: int) -> None:
+    def _prepare(self, call: Call, groups: Groups, gates: Gates) -> None:
         """Merge what an answer will need now, because a compiled step could not keep it."""
-        self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates), tokens)
+        self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates))
 
     def _activate(self, h: Tensor) -> Tensor:
         if not hasattr(self, "gate_up_proj"):

@@ -80,6 +80,7 @@ class RoutingContext:
         self.causal = False
         self.task: int | None = None
         self.warned = False
+        self.plan: str | None = None
         self._calls: dict[int, Call] = {}
 
     @property

@@ -88,7 +88,7 @@ def test_console_script_ends_with_the_exit_code(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from meo_hf.cli import main\n"
         "try: main()\n"
-        "finally: assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
+        "finally: assert not torch.cuda.is_initialized()"
     )
     command = [sys.executable, "-c", program, "convert", str(tmp_path / "nowhere/at/all"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -74,8 +74,8 @@ def dropped_bias(patch: Patch) -> None:
     def merge(self: Any, name: str, gates: Gates) -> tuple[Tensor, None]:
         return original(self, name, gates)[0], None
 
-    def linear(self: Any, name: str, gates: Gates, tokens: int) -> Any:
-        return merger_meo._bound(*merge(self, name, gates))
+    def linear(self: Any, groups: Any, name: str, gates: Gates, pieces: bool) -> Any:
+        return merger_meo._bound(*merge(self, name, gates), None)
 
     patch.setattr(Merger, "_merge", merge)
     patch.setattr(Merger, "_linear", linear)

@@ -14,6 +14,7 @@ from meo_hf.modeling import (
     families_meo,
     feedforward_meo,
     groups_meo,
+    merged_linear_meo,
     merger_meo,
     merging_meo,
     modeling_meo,
@@ -82,10 +83,22 @@ def ignored_task_ids(patch: Patch) -> None:
     patch.setattr(TaskGroups, "read", read)
 
 
+def linear_with(patch: Patch, **changed: Callable[[Any], Any]) -> None:
+    """Change arguments of every linear map of merged experts: `stack`, `bias`, `index` or `gates`."""
+    original = merger_meo.merged_linear
+
+    def linear(x: Tensor, stack: Any, bias: Any, index: Any, gates: Any, *rest: Any) -> Tensor:
+        given = {"stack": stack, "bias": bias, "index": index, "gates": gates}
+        given |= {name: change(given[name]) for name, change in changed.items()}
+        return original(x, *given.values(), *rest)
+
+    patch.setattr(merger_meo, "merged_linear", linear)
+
+
 def dropped_bias(patch: Patch) -> None:
+    linear_with(patch, bias=lambda bias: None)
     original = merging_meo.grouped_linear
-    for module in (merging_meo, merger_meo):
-        patch.setattr(module, "grouped_linear", lambda x, weight, bias: original(x, weight, None))
+    patch.setattr(merger_meo, "grouped_linear", lambda x, weight, bias: original(x, weight, None))
 
 
 def bias_outside_the_gates(patch: Patch) -> None:
@@ -94,7 +107,7 @@ def bias_outside_the_gates(patch: Patch) -> None:
     def combine(x: Tensor, stack: Tensor, bias: Tensor | None, *gates: Tensor) -> Tensor:
         return original(x, stack, None, *gates) + (0 if bias is None else bias[0])
 
-    patch.setattr(merger_meo, "combine_outputs", combine)
+    patch.setattr(merged_linear_meo, "combine_outputs", combine)
 
 
 def layer_left_dense(patch: Patch) -> None:
@@ -204,16 +217,13 @@ def weights_in_the_wrong_order(patch: Patch) -> None:
 
 
 def weights_without_a_gradient(patch: Patch) -> None:
-    original = merging_meo.merge_experts
-    patch.setattr(merger_meo, "merge_experts", lambda stack, index, weights: original(stack, index, weights.detach()))
+    linear_with(patch, gates=torch.Tensor.detach)
 
 
 def unselected_experts_times_zero(patch: Patch) -> None:
-    def merge(stack: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        dense = weights.new_zeros(len(index), len(stack)).scatter(1, index, weights).to(stack.dtype)
-        return torch.einsum("ge,e...->g...", dense, stack)
-
-    patch.setattr(merger_meo, "merge_experts", merge)
+    patch.setattr(merged_linear_meo, "_sound", lambda y: True)
+    linear = merger_meo.merged_linear
+    patch.setattr(merger_meo, "merged_linear", lambda *arguments: linear(*arguments[:-1], "product"))
 
 
 def swapped_halves(patch: Patch) -> None:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
 from meo_hf.modeling.configuration_meo import meo_config_class
+from meo_hf.modeling.merging_meo import combine_outputs, grouped_linear
 from meo_hf.modeling.modeling_meo import meo_model_class
 
 MergeConvention = Literal["mac", "mul_add"]
@@ -146,10 +147,12 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 def _record_merges(model: nn.Module, merges: list[tuple[int, int]], compute: bool = False) -> Iterator[None]:
     """Note number of experts and of merged values of each merge, and `compute` it or let a stand-in give its shape.
 
+    Counted is what a model computes by definition, merge then multiply, whatever plan would be fastest.
     Models loaded with their repository's own code have a copy of the module to patch, so it is looked up by class.
     """
     bases = {base for module in model.modules() for base in type(module).__mro__ if base.__name__ == "Merger"}
-    originals = [(sys.modules[base.__module__], sys.modules[base.__module__].merge_experts) for base in bases]
+    modules: list[Any] = [sys.modules[base.__module__] for base in bases]
+    originals = [(module, module.merge_experts, module.merged_linear) for module in modules]
 
     def recording(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def merge(stack: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -159,13 +162,31 @@ def _record_merges(model: nn.Module, merges: list[tuple[int, int]], compute: boo
 
         return merge
 
-    for module, original in originals:
-        module.merge_experts = recording(original)  # type: ignore[attr-defined]
+    def defining(merge: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def linear(
+            x: Tensor,
+            stack: Tensor,
+            bias: Tensor | None,
+            index: Tensor,
+            gates: Tensor,
+            owner: Any = None,
+            plan: Any = None,
+        ) -> Tensor:
+            index, gates = (index, gates) if owner is None else (index[owner], gates[owner])
+            if plan == "combine":
+                return combine_outputs(x, stack, bias, index, gates)
+            return grouped_linear(x, merge(stack, index, gates), None if bias is None else merge(bias, index, gates))
+
+        return linear
+
+    for module, merge_experts, _ in originals:
+        module.merge_experts = recording(merge_experts)
+        module.merged_linear = defining(module.merge_experts)
     try:
         yield
     finally:
-        for module, original in originals:
-            module.merge_experts = original  # type: ignore[attr-defined]
+        for module, merge_experts, merged_linear in originals:
+            module.merge_experts, module.merged_linear = merge_experts, merged_linear
 
 
 @dataclass(frozen=True)

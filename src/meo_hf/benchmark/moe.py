@@ -80,7 +80,7 @@ def _group_forward(self: MeoFeedForward, hidden_states: Tensor) -> Tensor:
     total = torch.zeros((), device=x.device)
     for k in range(index.shape[1]):
         one = Gates(index[:, k : k + 1], torch.ones_like(weights[:, k : k + 1]))
-        linear = {name: self.experts._linear(name, one, x.shape[1]) for name in self.maps}
+        linear = {name: self.experts._linear(groups, name, one, False) for name in self.maps}
         total = total + weights[:, k, None, None] * linear["down_proj"](self._activate(linear, x))
     return groups.join(total.to(hidden_states.dtype)).reshape(*hidden_states.shape[:-1], -1)
 

@@ -1,0 +1,56 @@
+"""Merged experts of tasks, which stay from call to call until the weights that they come from change.
+
+A change is seen by the parameters' addresses and version counters, and on a CPU by samples of their values too,
+because some libraries write through `.data`, which no counter sees. `train()` forgets all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_meo import Maps
+
+SAMPLES = 64
+
+
+class TaskMemory:
+    """Merged linear maps by task; of all tasks at once under None. `crowded` says that no memory is left for more."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything."""
+        self.merged: dict[int | None, Maps] = {}
+        self.crowded = False
+        self._marks: Any = None
+        self._samples: list[Tensor] = []
+
+    def refresh(self, parameters: Iterable[Tensor], *, closely: bool) -> None:
+        """Forget what was merged from other values; `closely` also compares samples of parameters on a CPU."""
+        parameters = list(parameters)
+        marks = [(p.data_ptr(), p.shape, None if p.is_inference() else p._version) for p in parameters]
+        if marks != self._marks:
+            self.forget()
+            self._marks = marks
+        if not closely:
+            return
+        samples = [_sample(p) for p in parameters if p.device.type == "cpu"]
+        if self._samples and not all(map(torch.equal, samples, self._samples)):
+            self.forget()
+            self._marks = marks
+        self._samples = samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything behind in copies and files: it is derived."""
+        return TaskMemory().__dict__
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Copy values from all over a parameter: of each expert at least one."""
+    flat = parameter.detach().flatten(1)
+    return flat[:, :: max(1, flat.shape[1] * flat.shape[0] // SAMPLES)].clone()
