@@ -33,9 +33,6 @@ from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
 from .task_memory_meo import TaskMemory
 
-STEP_TOKENS = 32
-"""Up to this many tokens a call counts as a decoding step, which looks at weights' versions alone."""
-
 
 class MergedExperts(Merger, nn.Module):
     """All experts of a feed-forward, stacked; same names and orientation as Transformers' MoE experts.
@@ -100,6 +97,7 @@ class MeoFeedForward(nn.Module):
         self.noisy = settings.router == "noisy_top_k"
         self.tasks = len(settings.tasks)
         self._task_memory = TaskMemory()
+        context.task_memories.append(self._task_memory)
         self.reads_encoder = block.causal_partner
         self.maps = block.maps
         self.gated = block.gated
@@ -131,7 +129,7 @@ class MeoFeedForward(nn.Module):
         call = self._context.call()
         groups = call.groups(self.level, self.layer)
         if isinstance(groups, TaskGroups):
-            self._share(groups, hidden_states)
+            self._share(call, groups, hidden_states)
         x = groups.split(call.grouped(hidden_states))  # [N, W, D]
         linear = self._linear_maps(call, groups, "hidden", x)
         x = x if self.adapter is None else self.adapter(x)
@@ -150,7 +148,7 @@ class MeoFeedForward(nn.Module):
                 self._linear_maps(call, answer, source, x if source == "hidden" else h)
         return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
 
-    def _share(self, groups: TaskGroups, hidden_states: Tensor) -> None:
+    def _share(self, call: Call, groups: TaskGroups, hidden_states: Tensor) -> None:
         """Let rows of a task share its gate where nothing makes their gates differ, and their merged expert stay."""
         if self.training and (self.noisy or self.balance_loss):
             return
@@ -158,7 +156,7 @@ class MeoFeedForward(nn.Module):
         lasting = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if lasting and all(type(p) in (Tensor, nn.Parameter) for p in parameters):
             memory = self._task_memory
-            memory.refresh(parameters, closely=hidden_states.shape[:-1].numel() > STEP_TOKENS)
+            memory.refresh(parameters, closely=hidden_states.shape[:-1].numel() != call.rows)  # a step looks less
         groups.share(self.tasks, memory)
 
     def train(self, mode: bool = True) -> MeoFeedForward:

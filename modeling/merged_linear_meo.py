@@ -54,7 +54,7 @@ def gated_linear(
 ) -> Tensor | None:
     """Apply merged gate and up projections and their activation in one kernel, where that is the fastest plan.
 
-    x [G, T, I], stack [E, 2F, I] (gate rows first) -> [G, T, F]; None where another way must be taken, as for gradients.
+    x [G, T, I], stack [E, 2F, I] (gate rows first) -> [G, T, F]; None where another way must be taken.
     """
     special = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     if special or activation not in ACTIVATIONS or _plain(x, stack, bias, index, gates) or not usable(x, stack):
@@ -148,7 +148,7 @@ def _linear_backward(
         dgates = rows.gates_of(found)
     if bias is not None and (needs[2] or needs[3]):
         dbias, found = bias_gradients(wanted, bias, rows.index, rows.gates)
-        dgates = dgates + rows.gates_of(found)
+        dgates = rows.gates_of(found) + (dgates if needs[1] or needs[3] else 0)
     return dx, dstack, dbias, dgates
 
 

@@ -51,12 +51,25 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def owned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor:
     """Apply to each group the linear map of its owner: x [N, T, I], weight [G, O, I], owner [N] -> [N, T, O]."""
     if owner.device.type != "cpu" or torch.compiler.is_compiling():
-        return grouped_linear(x, weight[owner], None if bias is None else bias[owner])
+        return ragged_linear(x, weight, bias, owner)
     y = x.new_empty(*x.shape[:-1], weight.shape[1], dtype=weight.dtype)
     for gate in owner.unique().tolist():
         groups = owner == gate
         y[groups] = F.linear(x[groups].to(weight.dtype), weight[gate], None if bias is None else bias[gate])
     return y
+
+
+def ragged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor:
+    """As `owned_linear` with no look at the owners: sort groups by owner, and multiply in one grouped product."""
+    product = getattr(F, "grouped_mm", None)
+    if product is None or weight.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[1:]):
+        return grouped_linear(x, weight[owner], None if bias is None else bias[owner])
+    order = owner.argsort(stable=True)
+    counts = (owner == torch.arange(len(weight), device=owner.device)[:, None]).sum(1)  # bincount would wait
+    ends = (counts.cumsum(0) * x.shape[1]).to(torch.int32)
+    y = product(x[order].flatten(0, 1).to(weight.dtype), weight.transpose(1, 2), offs=ends)
+    y = y.view(*x.shape[:-1], -1)[order.argsort()]
+    return y if bias is None else y + bias[owner][:, None]
 
 
 def combine_outputs(

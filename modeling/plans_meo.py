@@ -86,9 +86,9 @@ RATES: dict[tuple[str, str], Rates] = {
     ("cpu", "bfloat16"): Rates(25e9, 800e9, 4.5e9, 670e9, 15e9, 60e9, 8e-6),
     ("cpu", "float16"): Rates(25e9, 25e9, 5e9, 10e9, 10e9, 60e9, 8e-6),
     # NVIDIA H100: not yet calibrated; memory and matrix rates as a copy and a product were seen to run there
-    ("cuda", "float32"): Rates(2.9e12, 4.5e13, 6e11, 4e13, 2.9e12, 5.5e12, 5e-6),
-    ("cuda", "bfloat16"): Rates(2.9e12, 7e14, 1.2e12, 3e14, 2.9e12, 5.5e12, 5e-6),
-    ("cuda", "float16"): Rates(2.9e12, 7e14, 1.2e12, 3e14, 2.9e12, 5.5e12, 5e-6),
+    ("cuda", "float32"): Rates(2.9e12, 4.5e13, 5e12, 4e13, 2.9e12, 5.5e12, 5e-6),
+    ("cuda", "bfloat16"): Rates(2.9e12, 7e14, 5e12, 3e14, 2.9e12, 5.5e12, 5e-6),
+    ("cuda", "float16"): Rates(2.9e12, 7e14, 5e12, 3e14, 2.9e12, 5.5e12, 5e-6),
 }
 
 
@@ -106,7 +106,7 @@ def _on_cpu(work: Work, rates: Rates, wide: Rates) -> dict[str, float]:
     return {
         "accumulate": selections * work.weights / rates.accumulate
         + multiply
-        + (min(work.gates, 8) * work.top_k + 2) * tiles * rates.launch,
+        + 3 * tiles * (work.top_k + 2) * rates.launch,
         "product": work.experts * expert / rates.sweep
         + 2 * work.gates * work.experts * work.weights / rates.product
         + multiply

@@ -20,6 +20,7 @@ from .errors_meo import RoutingContextError, RoutingError
 from .groups_meo import Groups, TaskGroups, masked_mean
 from .memory_meo import free_bytes
 from .padding_meo import document_starts, of_new_tokens, padding_mask, refusal
+from .task_memory_meo import TaskMemory
 
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
@@ -81,6 +82,7 @@ class RoutingContext:
         self.task: int | None = None
         self.warned = False
         self.plan: str | None = None
+        self.task_memories: list[TaskMemory] = []
         self._calls: dict[int, Call] = {}
 
     @property
@@ -128,7 +130,8 @@ class RoutingContext:
                 call.room = free_bytes(device) // 4
             else:
                 cache = None if call.causal is None else call.causal.cache
-                call.room = limit - (0 if cache is None else merged_bytes(cache))
+                kept = sum(memory.nbytes for memory in self.task_memories)
+                call.room = limit - kept - (0 if cache is None else merged_bytes(cache))
         return call.room
 
 

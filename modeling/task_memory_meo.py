@@ -45,6 +45,12 @@ class TaskMemory:
             self._marks = marks
         self._samples = samples
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all merged experts."""
+        pairs = (pair for maps in self.merged.values() for pair in maps.values())
+        return sum(tensor.nbytes for pair in pairs for tensor in pair if tensor is not None)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave everything behind in copies and files: it is derived."""
         return TaskMemory().__dict__

@@ -10,6 +10,7 @@ Legend: G gates, T tokens per gate, E experts, K selected, R stored rows, C stor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ from .kernels_meo import usable
 from .plans_meo import TILE_BYTES
 
 FEWEST_ROWS = 64
+
+ONE_TILE = 2 << 20
+"""Bytes of one gate's merged weights that stay in the caches of a CPU's cores until they are multiplied."""
+
+
+class Tile(NamedTuple):
+    """Merged rows [g, r, C] of some gates: `scale` times `merged` are the weights."""
+
+    rows: slice
+    gates: slice
+    merged: Tensor
+    scale: float = 1.0
 
 
 class Tokens:
@@ -56,27 +69,24 @@ class Tokens:
         else:
             yield from (self.x[a:b] for a, b in zip(self.bounds, self.bounds[1:], strict=False))
 
-    def across(self, merged: Tensor, bias: Tensor | None, out: Tokens) -> None:
+    def across(self, tile: Tile, bias: Tensor | None, out: Tokens) -> None:
         """Write x M^T + bias [G, r]."""
-        if self.bounds is None and len(merged) > 1:
-            if bias is None:
-                torch.bmm(self.x, merged.transpose(1, 2), out=out.x)
-            else:
-                torch.baddbmm(bias[:, None], self.x, merged.transpose(1, 2), out=out.x)
+        beta = 0 if bias is None else 1
+        if self.bounds is None and len(tile.merged) > 1:
+            added = out.x if bias is None else bias[:, None]
+            torch.baddbmm(added, self.x, tile.merged.transpose(1, 2), beta=beta, alpha=tile.scale, out=out.x)
             return
-        for gate, (x, weight, y) in enumerate(zip(self.each(), merged, out.each(), strict=True)):
-            if bias is None:
-                torch.mm(x, weight.t(), out=y)
-            else:
-                torch.addmm(bias[gate], x, weight.t(), out=y)
+        for gate, (x, weight, y) in enumerate(zip(self.each(), tile.merged, out.each(), strict=True)):
+            added = y if bias is None else bias[gate]
+            torch.addmm(added, x, weight.t(), beta=beta, alpha=tile.scale, out=y)
 
-    def along(self, merged: Tensor, total: Tokens) -> None:
+    def along(self, tile: Tile, total: Tokens) -> None:
         """Add x M, in the total's dtype."""
-        for x, weight, y in zip(self.each(), merged, total.each(), strict=True):
+        for x, weight, y in zip(self.each(), tile.merged, total.each(), strict=True):
             if y.dtype == x.dtype:
-                y.addmm_(x, weight)
+                y.addmm_(x, weight, alpha=tile.scale)
             else:
-                y.add_(torch.mm(x, weight))
+                y.add_(torch.mm(x, weight), alpha=tile.scale)
 
     def outer(self, other: Tokens) -> Tensor:
         """Return x^T other of each gate [G, r, C]."""
@@ -91,9 +101,9 @@ def storage_of(stack: Tensor) -> tuple[Tensor, bool]:
     return (stack.transpose(1, 2), True) if transposed else (stack, False)
 
 
-def tiles(storage: Tensor, gates: int, itemsize: int) -> Iterator[slice]:
-    """Yield rows of tiles whose merged weights fit into caches; a GPU takes larger ones."""
-    budget = TILE_BYTES if storage.device.type == "cpu" else 64 * TILE_BYTES
+def tiles(storage: Tensor, gates: int, itemsize: int, budget: int) -> Iterator[slice]:
+    """Yield rows of tiles whose merged weights take so many bytes; a GPU takes larger ones."""
+    budget *= 1 if storage.device.type == "cpu" else 64
     rows = max(FEWEST_ROWS, budget // max(1, gates * storage.shape[2] * itemsize))
     rows = -(-storage.shape[1] // max(1, round(storage.shape[1] / rows)))  # tiles of about the same height
     return slices(storage.shape[1], rows)
@@ -115,41 +125,45 @@ class Merge:
         self.looks = storage.device.type == "cpu" and not self.kernel
         self.dense = dense_gates(index, gates, len(storage), storage.dtype) if product and not self.kernel else None
         if self.dense is None and self.looks:
-            self.chosen = list(zip(index.tolist(), gates.to(self.wide).tolist(), strict=True))
+            pairs = zip(gates.to(self.wide).tolist(), index.tolist(), strict=True)
+            self.chosen = [list(zip(*pair, strict=True)) for pair in pairs]
         self._room: dict[tuple[str, int, int], Tensor] = {}
 
-    def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield rows, gates and their merged rows [g, r, C]; on a CPU the next ones overwrite them.
+    def tiles(self) -> Iterator[Tile]:
+        """Yield merged tiles; on a CPU the next one overwrites the last.
 
         Experts' rows are read for one set of gates after the other, while they are near.
         """
-        most = 8 if self.looks and self.dense is None else 64
-        for rows in tiles(self.storage, min(self.count, most), self.dtype.itemsize):
+        alone = self.looks and self.dense is None
+        budget = ONE_TILE if alone else TILE_BYTES
+        most = 1 if alone else 64
+        for rows in tiles(self.storage, min(self.count, most), self.dtype.itemsize, budget):
             for gates in slices(self.count, most):
-                yield rows, gates, self._tile(rows, gates)
+                yield self._by_views(rows, gates) if alone else Tile(rows, gates, self._all(rows, gates))
 
-    def _tile(self, rows: slice, gates: slice) -> Tensor:
+    def _all(self, rows: slice, gates: slice) -> Tensor:
         if self.kernel:
             return merge_kernel(self.storage[:, rows], self.index[gates], self.gates[gates], self.dtype)
-        if self.dense is not None:
-            made = self._take("merged", rows, gates, self.storage.dtype)
-            torch.mm(self.dense[gates], self.storage[:, rows].flatten(1), out=made.view(len(made), -1))
-            return made.to(self.dtype)
-        return self._by_views(rows, gates) if self.looks else self._by_gathering(rows, gates)
+        if self.dense is None:
+            return self._by_gathering(rows, gates)
+        made = self._take("merged", rows, gates, self.storage.dtype)
+        torch.mm(self.dense[gates], self.storage[:, rows].flatten(1), out=made.view(len(made), -1))
+        return made.to(self.dtype)
 
-    def _by_views(self, rows: slice, gates: slice) -> Tensor:
-        """Read each gate's experts where they lie."""
-        made = self._take("merged", rows, gates, self.dtype)
-        narrow = self.dtype != self.wide
-        sums = self._take("sum", rows, slice(0, 1), self.wide)[0] if narrow else None
-        for merged, (experts, weights) in zip(made, self.chosen[gates], strict=True):
-            total = merged if sums is None else sums
-            torch.mul(self.storage[experts[0], rows], weights[0], out=total)
-            for expert, gate in zip(experts[1:], weights[1:], strict=True):
-                total.add_(self.storage[expert, rows], alpha=gate)
-            if narrow:
-                merged.copy_(total)
-        return made
+    def _by_views(self, rows: slice, gates: slice) -> Tile:
+        """Read one gate's experts where they lie; the largest gate is left to the product that follows."""
+        weights, experts = zip(*sorted(self.chosen[gates.start], key=lambda pair: -abs(pair[0])), strict=True)
+        scale, parts = weights[0], [self.storage[expert, rows] for expert in experts]
+        total = self._take("sum", rows, gates, self.wide)[0]
+        if len(parts) == 1 or scale == 0:
+            total.copy_(parts[0])
+        else:
+            torch.add(parts[0].to(self.wide), parts[1], alpha=weights[1] / scale, out=total)
+        for part, gate in zip(parts[2:], weights[2:], strict=True):
+            total.add_(part, alpha=gate / scale if scale else 0)
+        if self.dtype == self.wide:
+            return Tile(rows, gates, total[None], scale)
+        return Tile(rows, gates, torch.mul(total, scale, out=self._take("merged", rows, gates, self.dtype)[0])[None])
 
     def _by_gathering(self, rows: slice, gates: slice) -> Tensor:
         """Copy each gate's experts, so that the host need not wait for the indices."""
@@ -191,15 +205,16 @@ def merge_multiply(x: Tokens, storage: Tensor, transposed: bool, merge: Merge, b
     x = x.to(merge.dtype)
     if transposed:
         y = x.new(storage.shape[2], torch.promote_types(merge.dtype, torch.float32), zeros=True)
-        for rows, gates, merged in merge.tiles():
-            x.part(rows).of(gates).along(merged, y.of(gates))
+        for tile in merge.tiles():
+            x.part(tile.rows).of(tile.gates).along(tile, y.of(tile.gates))
         for tokens, added in zip(y.each(), () if bias is None else bias, strict=False):
             tokens.add_(added)
         return y.x
     y = x.new(storage.shape[1], merge.dtype)
     bias = None if bias is None else bias.to(merge.dtype)
-    for rows, gates, merged in merge.tiles():
-        x.of(gates).across(merged, None if bias is None else bias[gates, rows], y.part(rows).of(gates))
+    for tile in merge.tiles():
+        added = None if bias is None else bias[tile.gates, tile.rows]
+        x.of(tile.gates).across(tile, added, y.part(tile.rows).of(tile.gates))
     return y.x
 
 
@@ -211,16 +226,15 @@ def weight_gradients(
     With dM [G, R, C], a gate's own weight gradient: dW = G^T dM is one product, and a gate's is <dM, W>.
     """
     rows_of, columns_of = (x, dy) if transposed else (dy, x)
-    wide = torch.promote_types(storage.dtype, torch.float32)
-    dense = dense_gates(index, gates.to(wide), len(storage), wide).to(storage.dtype)
+    dtype = torch.promote_types(storage.dtype, x.x.dtype)
+    dense = dense_gates(index, gates, len(storage), dtype)
     grads = torch.empty_like(storage, memory_format=torch.contiguous_format) if experts else None
     sums = torch.zeros(len(index), len(storage), dtype=torch.float64, device=storage.device)
-    for rows in tiles(storage, len(index), storage.dtype.itemsize):
-        merged = rows_of.part(rows).outer(columns_of).flatten(1)  # [G, r * C]
+    for rows in tiles(storage, len(index), dtype.itemsize, TILE_BYTES):
+        merged = rows_of.part(rows).outer(columns_of).flatten(1).to(dtype)  # [G, r * C]
         if grads is not None:
-            torch.mm(dense.t(), merged, out=(made := torch.empty_like(grads[:, rows]).flatten(1)))
-            grads[:, rows] = made.view_as(grads[:, rows])
-        sums += _products(merged, storage[:, rows].flatten(1), index)
+            grads[:, rows] = (dense.t() @ merged).view(len(storage), -1, storage.shape[2])
+        sums += _products(merged, storage[:, rows].flatten(1).to(dtype), index)
     return grads, sums.gather(1, index).to(gates.dtype)
 
 
@@ -233,11 +247,21 @@ def bias_gradients(dy: Tokens, bias: Tensor, index: Tensor, gates: Tensor) -> tu
 
 
 def _products(merged: Tensor, experts: Tensor, index: Tensor) -> Tensor:
-    """Return <merged, expert> [G, E] in float64 where a gate selected the expert; elsewhere nobody asks."""
+    """Return <merged, expert> [G, E] in float64 where a gate selected the expert; elsewhere nobody asks.
+
+    Sums of short pieces are added in float64: over all of an expert's weights float32 would lose digits.
+    """
     if merged.device.type != "cpu" or index.numel() > len(experts):
-        return (merged @ experts.t()).to(torch.float64)
+        left, right = (x.unflatten(1, (-1, _piece(x.shape[1]))).transpose(0, 1) for x in (merged, experts))
+        return torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
     found = torch.zeros(len(merged), len(experts), dtype=torch.float64)
     for gate, selected in enumerate(index.tolist()):
         for expert in set(selected):
-            found[gate, expert] = torch.dot(merged[gate], experts[expert])
+            product = (merged[gate] * experts[expert]).view(-1, _piece(merged.shape[1]))
+            found[gate, expert] = product.sum(1).sum(dtype=torch.float64)
     return found
+
+
+def _piece(length: int) -> int:
+    """Return a divisor of a length, of about a hundred if there is one."""
+    return next((size for size in range(128, 31, -1) if length % size == 0), length)

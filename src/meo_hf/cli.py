@@ -379,4 +379,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a killed run cleans up like an interrupted one
         signal.signal(number, _interrupt)
     gc.freeze()  # what the imports made stays: no collection needs to look at it again
-    sys.exit(run(app))
+    try:
+        sys.exit(run(app))
+    finally:
+        gc.unfreeze()  # at the end it must go, or libraries report it as leaked
