@@ -150,7 +150,8 @@ class MeoFeedForward(nn.Module):
 
     def _share(self, call: Call, groups: TaskGroups, hidden_states: Tensor) -> None:
         """Let rows of a task share its gate where nothing makes their gates differ, and their merged expert stay."""
-        if self.training and (self.noisy or self.balance_loss):
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.router.modules())
+        if hooked or (self.training and (self.noisy or self.balance_loss)):  # a hook may change what a router says
             return
         memory, parameters = None, list(self.parameters())
         lasting = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())

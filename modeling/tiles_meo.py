@@ -9,6 +9,7 @@ Legend: G gates, T tokens per gate, E experts, K selected, R stored rows, C stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .plans_meo import TILE_BYTES
 
 FEWEST_ROWS = 64
 
-ONE_TILE = 2 << 20
+ONE_TILE = 3 << 20
 """Bytes of one gate's merged weights that stay in the caches of a CPU's cores until they are multiplied."""
 
 
@@ -105,8 +106,8 @@ def tiles(storage: Tensor, gates: int, itemsize: int, budget: int) -> Iterator[s
     """Yield rows of tiles whose merged weights take so many bytes; a GPU takes larger ones."""
     budget *= 1 if storage.device.type == "cpu" else 64
     rows = max(FEWEST_ROWS, budget // max(1, gates * storage.shape[2] * itemsize))
-    rows = -(-storage.shape[1] // max(1, round(storage.shape[1] / rows)))  # tiles of about the same height
-    return slices(storage.shape[1], rows)
+    height = storage.shape[1] / max(1, round(storage.shape[1] / rows))  # all tiles about the same
+    return slices(storage.shape[1], math.ceil(height / FEWEST_ROWS) * FEWEST_ROWS)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -123,7 +124,7 @@ class Merge:
         self.wide = torch.promote_types(storage.dtype, torch.float32)
         self.kernel = usable(storage)
         self.looks = storage.device.type == "cpu" and not self.kernel
-        self.dense = dense_gates(index, gates, len(storage), storage.dtype) if product and not self.kernel else None
+        self.dense = dense_gates(index, gates, len(storage), storage.dtype) if product and self.looks else None
         if self.dense is None and self.looks:
             pairs = zip(gates.to(self.wide).tolist(), index.tolist(), strict=True)
             self.chosen = [list(zip(*pair, strict=True)) for pair in pairs]
@@ -233,7 +234,8 @@ def weight_gradients(
     for rows in tiles(storage, len(index), dtype.itemsize, TILE_BYTES):
         merged = rows_of.part(rows).outer(columns_of).flatten(1).to(dtype)  # [G, r * C]
         if grads is not None:
-            grads[:, rows] = (dense.t() @ merged).view(len(storage), -1, storage.shape[2])
+            made = grads[:, rows].view(len(storage), -1)
+            torch.mm(dense.t(), merged, out=made) if made.dtype == dtype else made.copy_(dense.t() @ merged)
         sums += _products(merged, storage[:, rows].flatten(1).to(dtype), index)
     return grads, sums.gather(1, index).to(gates.dtype)
 

@@ -378,9 +378,6 @@ def gradients_reach_what_was_selected(case: Case, **meo: Any) -> None:
     model, inputs = case.drawn(**meo), case.inputs(**few)
     with recorded_gates(model) as gates:
         model(**inputs).logits.pow(2).mean().backward()
-    if "task_ids" in inputs:  # gates are those of all tasks: of interest are those that have a row
-        tasks = inputs["task_ids"].unique()
-        gates = {path: [Gates(*(x[tasks] for x in g)) for g in found] for path, found in gates.items()}
     expected = logits_of(model, inputs)
     unselected = []
     for parameters, chosen, router in selections(model, gates):

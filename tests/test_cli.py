@@ -23,6 +23,7 @@ from meo_hf import __version__, cli, convert, inspect
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
 COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "bench")
+BENCHES = ("layer", "prefill", "decode", "train-step", "convert", "calibrate")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def words(text: str) -> str:
 def test_help_is_frozen() -> None:
     """Regenerate with MEO_UPDATE_GOLDEN=1, and look at the difference."""
     pages = []
-    for command in ((), *((name,) for name in COMMANDS), ("bench", "decode")):
+    for command in ((), *((name,) for name in COMMANDS), *(("bench", name) for name in BENCHES)):
         done = run_cli(*command, "--help")
         assert done.code == 0
         pages.append(f"$ meo-hf {' '.join((*command, '--help'))}\n{done.out.strip()}\n")
@@ -86,9 +87,7 @@ def test_version_and_bare_call() -> None:
 def test_console_script_ends_with_the_exit_code(tmp_path: Path) -> None:
     """The installed entry point, in a process of its own; also the import that it needs starts no CUDA."""
     program = (
-        "import sys, torch; from meo_hf.cli import main\n"
-        "try: main()\n"
-        "finally: assert not torch.cuda.is_initialized()"
+        "import sys, torch; from meo_hf.cli import main\ntry: main()\nfinally: assert not torch.cuda.is_initialized()"
     )
     command = [sys.executable, "-c", program, "convert", str(tmp_path / "nowhere/at/all"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -89,6 +89,26 @@ def test_changed_weights_are_merged_anew(change: Callable[[Parameter], None], wh
     torch.testing.assert_close(after, fresh(model, inputs))
 
 
+def test_a_hooked_router_is_asked_each_time() -> None:
+    model, inputs = BERT.drawn(), BERT.inputs()
+    before = logits_of(model, inputs)
+    module = next(iter(merged_of(model).values()))
+    asked: list[Tensor] = []
+
+    def turn(router: Any, arguments: Any, output: Any) -> Any:
+        gates, balance = output
+        asked.append(arguments[0])
+        return type(gates)(gates.top_k_index, gates.top_k_weights.flip(1)), balance
+
+    handle = module.router.register_forward_hook(turn)
+    for _ in range(2):
+        assert not torch.allclose(logits_of(model, inputs), before)
+    assert len(asked) == 2
+    assert torch.equal(asked[0], inputs["task_ids"])
+    handle.remove()
+    torch.testing.assert_close(logits_of(model, inputs), before)
+
+
 def test_an_optimizer_step_is_seen() -> None:
     model, inputs = BERT.drawn(), BERT.inputs()
     before = logits_of(model, inputs)

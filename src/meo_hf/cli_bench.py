@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from meo_hf.cli_bench_calibrate import calibrate_command
+from meo_hf.cli_bench_layer import layer_command, train_step_command
+from meo_hf.cli_bench_models import convert_command, prefill_command
 from meo_hf.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from meo_hf.benchmark.decode_variants import DecodeSettings, Models
 
 bench = typer.Typer(help="Time MEO models beside their rivals.", no_args_is_help=True, rich_markup_mode=None)
@@ -41,7 +46,7 @@ def decode_command(
     plot: Annotated[Path | None, typer.Option(help="Also draw the times as a PNG.")] = None,
 ) -> None:
     """Time tokens decoded with a KV cache: dense, MEO, and the same experts as a mixture of experts."""
-    from meo_hf.benchmark.decode import time_decode
+    from meo_hf.benchmark.decode import steps_of, time_decode
     from meo_hf.benchmark.decode_report import decode_table, notes, write_results
     from meo_hf.benchmark.decode_variants import DecodeSettings
     from meo_hf.benchmark.machine import Machine
@@ -62,8 +67,8 @@ def decode_command(
     check_outputs(json_file, plot)
     machine = Machine.look(settings.device)
     name = public_name(source)
-    models = _build_models(source, settings)
-    with _bar(settings) as advance:
+    models = build_models(source, settings, settings.check_model)
+    with bar(steps_of(settings)) as advance:
         decoded = time_decode(settings, models, advance)
     out.print(decode_table(decoded, machine))
     for line in notes(decoded, models, machine, name):
@@ -76,6 +81,13 @@ def decode_command(
         plot_decode(decoded, name, plot)
     for path in filter(None, (json_file, plot)):
         out.print(f"wrote {escape(str(path))}", soft_wrap=True)
+
+
+bench.command("calibrate")(calibrate_command)
+bench.command("layer")(layer_command)
+bench.command("train-step")(train_step_command)
+bench.command("prefill")(prefill_command)
+bench.command("convert")(convert_command)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -94,7 +106,7 @@ def check_outputs(json_file: Path | None, plot: Path | None) -> None:
             raise OutputError(f"{path} cannot be written: give a file in a folder that exists")
 
 
-def _build_models(source: str, settings: DecodeSettings) -> Models:
+def build_models(source: str, settings: DecodeSettings, check: Callable[[PreTrainedConfig, str], None]) -> Models:
     """Load a dense model, and a MEO model converted from it into a folder that does not stay."""
     from meo_hf.benchmark.decode_variants import load_models
     from meo_hf.cli import _progress
@@ -104,7 +116,7 @@ def _build_models(source: str, settings: DecodeSettings) -> Models:
 
     opened = open_source(source, SourceOptions())
     try:
-        settings.check_model(opened.config, source)
+        check(opened.config, source)
         with tempfile.TemporaryDirectory(prefix="meo-hf-") as folder, _progress() as progress:
             meo = Path(folder) / "meo"
             convert(
@@ -126,21 +138,20 @@ def _build_models(source: str, settings: DecodeSettings) -> Models:
 
 
 @contextmanager
-def _bar(settings: DecodeSettings) -> Iterator[Callable[[str], None]]:
+def bar(steps: int) -> Iterator[Callable[[str], None]]:
     """Show where a run is; drawn only between what is timed, by no thread of its own."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from meo_hf.benchmark.decode import steps_of
     from meo_hf.cli import err
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err, transient=True, auto_refresh=False, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=steps_of(settings))
+    with Progress(*columns, console=err, transient=True, auto_refresh=False, disable=not err.is_terminal) as shown:
+        task = shown.add_task("", total=steps)
         done = 0
 
         def advance(what: str) -> None:
             nonlocal done
-            bar.update(task, description=what, completed=done, refresh=True)
+            shown.update(task, description=what, completed=done, refresh=True)
             done += 1
 
         yield advance

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 from meo_hf.benchmark.moe import token_experts
 from meo_hf.benchmark.options import DTYPES, at_least, check_place, option
@@ -19,7 +19,7 @@ from meo_hf.errors import UnsupportedError, UsageError
 from meo_hf.modeling.families_meo import family_of
 from meo_hf.modeling.router_meo import MeoRouter
 
-Method = Literal["dense", "meo (prompt)", "meo (segment)", "moe"]
+Method = Literal["dense", "meo", "meo (prompt)", "meo (segment)", "moe"]
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,10 @@ def load_models(settings: DecodeSettings, dense: Path, meo: Path) -> Models:
 
     All weights are copied into memory of their own: some would stay mapped files, whose small pages read slower.
     """
+    decodes = family_of(AutoConfig.from_pretrained(dense).model_type).kind == "decoder"
+    auto = AutoModelForCausalLM if decodes else AutoModel
     loaded: list[Any] = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[settings.dtype], device_map=settings.device).eval()
+        auto.from_pretrained(folder, dtype=DTYPES[settings.dtype], device_map=settings.device).eval()
         for folder in (dense, meo)
     ]
     generator = torch.Generator().manual_seed(settings.seed)
