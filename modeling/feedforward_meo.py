@@ -61,7 +61,12 @@ class MergedExperts(Merger, nn.Module):
         self, call: Call, groups: Groups, names: tuple[str, ...], gates: dict[str, Gates], pieces: bool
     ) -> dict[str, Linear]:
         """Return linear maps of the merged experts as functions of tokens [N, W, I]."""
-        return self.merged_maps(call, groups, names, gates, pieces=pieces)
+        return self.merged_maps(call, groups, names, gates, pieces=pieces or self._is_lent())
+
+    def _is_lent(self) -> bool:
+        """Whether the weights are gone after this forward: FSDP2 units of their own, and DeepSpeed's ZeRO-3."""
+        sharded = any(base.__name__ == "FSDPModule" for base in type(self).__mro__)
+        return sharded or hasattr(self.down_proj, "ds_id")
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias stacks of a linear map; `gate_proj` and `up_proj` are halves of the fused one."""
@@ -153,17 +158,26 @@ class MeoFeedForward(nn.Module):
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.router.modules())
         if hooked or (self.training and (self.noisy or self.balance_loss)):  # a hook may change what a router says
             return
-        memory, parameters = None, list(self.parameters())
-        lasting = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if lasting and all(type(p) in (Tensor, nn.Parameter) for p in parameters):
+        memory = None
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._has_own_weights():
             memory = self._task_memory
-            memory.refresh(parameters, closely=hidden_states.shape[:-1].numel() != call.rows)  # a step looks less
-        groups.share(self.tasks, memory)
+            memory.refresh(self.parameters(), closely=hidden_states.shape[:-1].numel() != call.rows)  # steps look less
+        groups.share(self.tasks, memory, hidden_states.device)
+
+    def _has_own_weights(self) -> bool:
+        """Whether all weights are plain parameters: not a replica's, nor derived from others."""
+        derived = any(hasattr(module, "parametrizations") for module in self.modules())
+        kinds = {type(p) for p in self.parameters()}
+        return bool(kinds) and kinds <= {Tensor, nn.Parameter} and not derived
 
     def train(self, mode: bool = True) -> MeoFeedForward:
         """Set the mode; what was merged for tasks is forgotten."""
         self._task_memory.forget()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeoFeedForward:
+        self._task_memory.forget()
+        return super()._apply(fn, recurse)
 
     def _activate(self, linear: dict[str, Linear], x: Tensor) -> Tensor:
         if "gate_proj" in linear:

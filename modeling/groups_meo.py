@@ -81,11 +81,11 @@ class TaskGroups(Groups):
         self._tasks: int | None = None
         self._remembered: TaskMemory | None = None
 
-    def share(self, tasks: int, memory: TaskMemory | None) -> None:
+    def share(self, tasks: int, memory: TaskMemory | None, device: torch.device) -> None:
         """Let rows of one task share a gate, and keep what is merged in a memory if there is one."""
         self._tasks, self._remembered, self.keeps = tasks, memory, memory is not None
         if self._ids is not None:
-            self.owner = self._ids
+            self.owner = self._ids.to(device)
 
     def split(self, x: Tensor) -> Tensor:
         """One group for the batch, or one per row."""
@@ -100,7 +100,7 @@ class TaskGroups(Groups):
         """Return task ids, one per gate."""
         if self._ids is None:
             return torch.full((1,), self._task or 0, dtype=torch.long, device=cells.device)
-        return self._ids if self.owner is None else torch.arange(self._tasks or 0, device=self._ids.device)
+        return self._ids if self.owner is None else torch.arange(self._tasks or 0, device=self.owner.device)
 
     def kept(self) -> Maps:
         """Return what is merged for this task, or for all tasks if each row has its own."""

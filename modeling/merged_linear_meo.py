@@ -45,8 +45,12 @@ def merged_linear(
         merged = merge_experts(stack, index, gates)
         return grouped_linear(x, merged, None if bias is None else merge_experts(bias, index, gates))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
+    given = (stack, bias, index, gates)
+    traced = torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
+    )
     with torch.autocast(device, enabled=False):
-        return _linear(x.to(dtype), stack, bias, index, gates, owner, plan or "")
+        return (_linear if traced else _compute)(x.to(dtype), *given, owner, plan or "")
 
 
 def gated_linear(
@@ -65,36 +69,43 @@ def gated_linear(
     return merged_gated(x, stack, bias, index, gates, activation)
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether PyTorch must see every step: exported models, and sharded, quantised and other special tensors."""
+def _plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether PyTorch must see every step: for export, function transforms, and sharded, quantised or other tensors."""
     if torch.compiler.is_compiling():
         return _exporting()
-    return any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
+    if torch.jit.is_tracing() or _transforms():
+        return True
+    return x.numel() == 0 or any(t is not None and type(t) not in (Tensor, Parameter) for t in (x, *others))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear", mutates_args=())
-def _linear(
+def _transforms() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work; PyTorch has no public question for it."""
+    functions = getattr(torch._C, "_functorch", None)
+    peek = getattr(functions, "peek_interpreter_stack", lambda: None)
+    return peek() is not None or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def _compute(
     x: Tensor, stack: Tensor, bias: Tensor | None, index: Tensor, gates: Tensor, owner: Tensor | None, plan: str
 ) -> Tensor:
+    """Run the plan named, or the one that fits."""
     if plan and plan not in PLANS:
         raise ValueError(f"plan is {plan!r}; allowed: {', '.join(PLANS)}")
     kernels = usable(x, stack)
     if plan == "fused" and not kernels:
         raise ValueError("plan 'fused' needs Triton and a GPU, and float32, bfloat16 or float16")
-    chosen = plan or choose(work_of(x, stack, index), fuses=kernels)
+    rows = _Rows(x, index, gates, owner)
+    chosen = plan or choose(work_of(x, stack, rows.index), fuses=kernels)
     executed[chosen] += 1
-    if x.numel() == 0:
-        return x.new_zeros(*x.shape[:-1], stack.shape[1])
     if chosen in ("combine", "fused") and owner is not None:
         index, gates, owner = index[owner], gates[owner], None
     if chosen == "fused":
-        return fused_linear(x, stack, bias, index, gates)
+        return fused_linear(x, stack, bias, index, gates).to(x.dtype)
     if chosen == "combine":
         if kernels and x.shape[:2].numel() <= FEW_TOKENS:
-            return combine_linear(x, stack, bias, index, gates)
+            return combine_linear(x, stack, bias, index, gates).to(x.dtype)
         return combine_outputs(x.to(stack.dtype), stack, bias, index, gates).to(x.dtype)
     storage, transposed = storage_of(stack)
-    rows = _Rows(x, index, gates, owner)
     merged_bias = None if bias is None else merge_experts(bias, rows.index, rows.gates)
 
     def run(product: bool) -> Tensor:
@@ -105,6 +116,9 @@ def _linear(
     if chosen == "product" and not _sound(y):
         y = run(False)
     return rows.groups(y).to(x.dtype)
+
+
+_linear = torch.library.custom_op(f"{_NAMESPACE}::linear", _compute, mutates_args=())
 
 
 @_linear.register_fake
@@ -123,15 +137,18 @@ def _linear_backward(
     index: Tensor,
     gates: Tensor,
     owner: Tensor | None,
-    needs: list[bool],
+    to_x: bool,
+    to_stack: bool,
+    to_bias: bool,
+    to_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, stack, bias and gates; those not needed are empty."""
+    """Return the gradients of x, stack, bias and gates; those not asked for are empty, or come along."""
     storage, transposed = storage_of(stack)
     rows = _Rows(x, index, gates, owner)
     dtype = product_dtype(x)
     given, wanted = rows.tokens(x).to(dtype), rows.tokens(dy).to(dtype)
     dx, dstack, dbias, dgates = x.new_empty(0), stack.new_empty(0), stack.new_empty(0), gates.new_empty(0)
-    if needs[0]:
+    if to_x:
 
         def run(product: bool) -> Tensor:
             return merge_multiply(
@@ -141,14 +158,14 @@ def _linear_backward(
         product = x.device.type == "cpu" and rows.index.numel() > len(storage)
         found = run(product)
         dx = rows.groups(run(False) if product and not _sound(found) else found).to(x.dtype)
-    if needs[1] or needs[3]:
-        experts, found = weight_gradients(given, wanted, storage, transposed, rows.index, rows.gates, needs[1])
+    if to_stack or to_gates:
+        experts, found = weight_gradients(given, wanted, storage, transposed, rows.index, rows.gates, to_stack)
         if experts is not None:
             dstack = experts.transpose(1, 2) if transposed else experts
         dgates = rows.gates_of(found)
-    if bias is not None and (needs[2] or needs[3]):
+    if bias is not None and (to_bias or to_gates):
         dbias, found = bias_gradients(wanted, bias, rows.index, rows.gates)
-        dgates = rows.gates_of(found) + (dgates if needs[1] or needs[3] else 0)
+        dgates = rows.gates_of(found) + (dgates if to_stack or to_gates else 0)
     return dx, dstack, dbias, dgates
 
 
@@ -161,19 +178,22 @@ def _(
     index: Tensor,
     gates: Tensor,
     owner: Tensor | None,
-    needs: list[bool],
+    to_x: bool,
+    to_stack: bool,
+    to_bias: bool,
+    to_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else tensor.new_empty(0)
 
     storage, transposed = storage_of(stack)
-    experts = like(storage, needs[1])
-    by_bias = bias is not None and (needs[2] or needs[3])
+    experts = like(storage, to_stack)
+    by_bias = bias is not None and (to_bias or to_gates)
     return (
-        like(x, needs[0]),
-        experts.transpose(1, 2) if transposed and needs[1] else experts,
+        like(x, to_x),
+        experts.transpose(1, 2) if transposed and to_stack else experts,
         like(bias, True) if bias is not None and by_bias else stack.new_empty(0),
-        like(gates, needs[1] or needs[3] or by_bias),
+        like(gates, to_stack or to_gates or by_bias),
     )
 
 
@@ -183,7 +203,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[place] for place in (0, 1, 2, 4)]
-    found = _linear_backward(dy, *ctx.saved_tensors, needs)
+    found = _linear_backward(dy, *ctx.saved_tensors, *needs)
     dx, dstack, dbias, dgates = (grad if need else None for grad, need in zip(found, needs, strict=True))
     return dx, dstack, dbias, None, dgates, None, None
 

@@ -73,10 +73,10 @@ class Merger:
 
     def _pays(self, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates]) -> bool:
         """Whether steps of a token per group will be faster with merged experts that stay."""
-        if isinstance(groups, TaskGroups):  # they serve calls of any size
-            return True
         if self._context.plan is not None:
             return self._context.plan != "combine"
+        if isinstance(groups, TaskGroups):  # they serve calls of any size
+            return True
         saved = 0.0
         for name in names:
             count, top_k = gates[name].top_k_index.shape

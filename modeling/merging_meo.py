@@ -6,6 +6,8 @@ I input features, O output features.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from .kernels_meo import grouped_gemv, usable
 from .kernels_meo import merge as merge_kernel
+from .kernels_meo import merged_linear as fused_kernel
 
 FEW_TOKENS_PER_GROUP = 16
 """Up to this many tokens per group a GPU multiplies by kept experts in a kernel that only streams their weights."""
@@ -50,17 +53,22 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def owned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor:
     """Apply to each group the linear map of its owner: x [N, T, I], weight [G, O, I], owner [N] -> [N, T, O]."""
-    if owner.device.type != "cpu" or torch.compiler.is_compiling():
+    if owner.device.type != "cpu" or torch.compiler.is_compiling() or not len(owner):
         return ragged_linear(x, weight, bias, owner)
-    y = x.new_empty(*x.shape[:-1], weight.shape[1], dtype=weight.dtype)
+    x, y = x.to(weight.dtype), None
     for gate in owner.unique().tolist():
         groups = owner == gate
-        y[groups] = F.linear(x[groups].to(weight.dtype), weight[gate], None if bias is None else bias[gate])
-    return y
+        part = F.linear(x[groups], weight[gate], None if bias is None else bias[gate])
+        y = part.new_empty(*x.shape[:-1], part.shape[-1]) if y is None else y
+        y[groups] = part
+    return cast(Tensor, y)
 
 
 def ragged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor:
     """As `owned_linear` with no look at the owners: sort groups by owner, and multiply in one grouped product."""
+    if _has_kernel(x, weight, bias):
+        ones = torch.ones(len(owner), 1, device=owner.device)
+        return fused_kernel(x, weight, bias, owner[:, None], ones)
     product = getattr(F, "grouped_mm", None)
     if product is None or weight.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[1:]):
         return grouped_linear(x, weight[owner], None if bias is None else bias[owner])
@@ -68,7 +76,7 @@ def ragged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor)
     counts = (owner == torch.arange(len(weight), device=owner.device)[:, None]).sum(1)  # bincount would wait
     ends = (counts.cumsum(0) * x.shape[1]).to(torch.int32)
     y = product(x[order].flatten(0, 1).to(weight.dtype), weight.transpose(1, 2), offs=ends)
-    y = y.view(*x.shape[:-1], -1)[order.argsort()]
+    y = y.view(*x.shape[:-1], weight.shape[1])[order.argsort()]
     return y if bias is None else y + bias[owner][:, None]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from .configuration_meo import is_causal, settings_of
 from .errors_meo import MeoConfigError
 from .families_meo import family_of
+from .kernels_meo import usable
 from .merger_meo import Merger
 from .moe_families_meo import MoeFamily
 from .moe_settings_meo import top_k_of
@@ -85,8 +86,12 @@ def plan_model(model: Any, batch: int, tokens: int, stage: str) -> PlannedModel:
         if not isinstance(module, Merger):
             continue
         for name in module.maps:
-            work = work_of_stack(module.stack(name)[0], gates, batch if decoding else batch * tokens, top_k)
-            rows.append(_planned(f"{path}.{name}", work, _forced(module, model), keeps, settings.level == "task"))
+            stack = module.stack(name)[0]
+            work = work_of_stack(stack, gates, batch if decoding else batch * tokens, top_k)
+            seconds = {plan: cost for plan, cost in costs_of(work).items() if plan != "fused" or usable(stack)}
+            rows.append(
+                _planned(f"{path}.{name}", work, seconds, _forced(module, model), keeps, settings.level == "task")
+            )
     return PlannedModel(rows)
 
 
@@ -94,8 +99,9 @@ def _forced(module: Any, model: nn.Module) -> str | None:
     return "combine" if module.combine == "outputs" else model._meo_context.plan  # type: ignore[union-attr, return-value]
 
 
-def _planned(path: str, work: Work, forced: str | None, keeps: bool, always: bool) -> PlannedMap:
-    seconds = dict(costs_of(work))
+def _planned(
+    path: str, work: Work, seconds: dict[str, float], forced: str | None, keeps: bool, always: bool
+) -> PlannedMap:
     plan = forced or min(seconds, key=lambda name: seconds[name])
     if keeps and forced != "combine":
         saved = saved_by_keeping(work)

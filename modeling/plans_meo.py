@@ -10,6 +10,7 @@ Legend: G gates, N tokens of all gates, E experts, K selected, O output features
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
@@ -82,9 +83,9 @@ class Rates:
 
 RATES: dict[tuple[str, str], Rates] = {
     # AMD EPYC (AVX-512, 2 cores), PyTorch 2.13: measured by `meo-hf bench calibrate`
-    ("cpu", "float32"): Rates(25e9, 156e9, 7e9, 82e9, 25e9, 60e9, 5e-6),
-    ("cpu", "bfloat16"): Rates(25e9, 800e9, 4.5e9, 670e9, 15e9, 60e9, 8e-6),
-    ("cpu", "float16"): Rates(25e9, 25e9, 5e9, 10e9, 10e9, 60e9, 8e-6),
+    ("cpu", "float32"): Rates(3.5e10, 2.0e11, 1.1e10, 9.6e10, 2.6e10, 3.7e10, 1.8e-6),
+    ("cpu", "bfloat16"): Rates(1.9e10, 9.0e11, 7.9e9, 3.7e11, 2.1e10, 1.9e10, 1.7e-6),
+    ("cpu", "float16"): Rates(3.0e10, 5.0e10, 7.5e9, 3.2e9, 3.1e9, 3.0e10, 1.7e-6),
     # NVIDIA H100: not yet calibrated; memory and matrix rates as a copy and a product were seen to run there
     ("cuda", "float32"): Rates(2.9e12, 4.5e13, 5e12, 4e13, 2.9e12, 5.5e12, 5e-6),
     ("cuda", "bfloat16"): Rates(2.9e12, 7e14, 5e12, 3e14, 2.9e12, 5.5e12, 5e-6),
@@ -219,9 +220,10 @@ def _calibrated() -> _Calibration:
     try:
         found = json.loads(rates_file().read_text("utf-8"))["rates"]
         names = {field.name for field in fields(Rates)}
-        return _Calibration(
-            tuple((key, Rates(**{name: float(value[name]) for name in names})) for key, value in sorted(found.items()))
-        )
+        rates = {key: Rates(**{name: float(value[name]) for name in names}) for key, value in found.items()}
+        if any(not 0 < rate < math.inf for each in rates.values() for rate in asdict(each).values()):
+            return _Calibration()
+        return _Calibration(tuple(sorted(rates.items(), key=lambda item: item[0])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: the built-in rates hold
         return _Calibration()
 

@@ -6,6 +6,7 @@ because some libraries write through `.data`, which no counter sees. `train()` f
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,21 +30,19 @@ class TaskMemory:
         self.crowded = False
         self._marks: Any = None
         self._samples: list[Tensor] = []
+        self._owners: list[weakref.ref[Tensor]] = []
 
     def refresh(self, parameters: Iterable[Tensor], *, closely: bool) -> None:
         """Forget what was merged from other values; `closely` also compares samples of parameters on a CPU."""
         parameters = list(parameters)
-        marks = [(p.data_ptr(), p.shape, None if p.is_inference() else p._version) for p in parameters]
-        if marks != self._marks:
-            self.forget()
-            self._marks = marks
-        if not closely:
+        marks = [(id(p), p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+        moved = marks != self._marks or any(owner() is None for owner in self._owners)  # whose id another may have now
+        if not moved and not closely:
             return
         samples = [_sample(p) for p in parameters if p.device.type == "cpu"]
-        if self._samples and not all(map(torch.equal, samples, self._samples)):
+        if moved or not all(map(torch.equal, samples, self._samples)):
             self.forget()
-            self._marks = marks
-        self._samples = samples
+        self._marks, self._samples, self._owners = marks, samples, [weakref.ref(p) for p in parameters]
 
     @property
     def nbytes(self) -> int:
@@ -58,5 +57,6 @@ class TaskMemory:
 
 def _sample(parameter: Tensor) -> Tensor:
     """Copy values from all over a parameter: of each expert at least one."""
-    flat = parameter.detach().flatten(1)
-    return flat[:, :: max(1, flat.shape[1] * flat.shape[0] // SAMPLES)].clone()
+    values = parameter.detach()
+    flat = values.flatten(1) if values.dim() > 1 else values.reshape(1, -1)
+    return flat[:, :: max(1, flat.numel() // SAMPLES)].clone()

@@ -230,7 +230,7 @@ def weight_gradients(
     dtype = torch.promote_types(storage.dtype, x.x.dtype)
     dense = dense_gates(index, gates, len(storage), dtype)
     grads = torch.empty_like(storage, memory_format=torch.contiguous_format) if experts else None
-    sums = torch.zeros(len(index), len(storage), dtype=torch.float64, device=storage.device)
+    sums = torch.zeros(len(index), len(storage), dtype=widest(storage.device), device=storage.device)
     for rows in tiles(storage, len(index), dtype.itemsize, TILE_BYTES):
         merged = rows_of.part(rows).outer(columns_of).flatten(1).to(dtype)  # [G, r * C]
         if grads is not None:
@@ -249,19 +249,24 @@ def bias_gradients(dy: Tokens, bias: Tensor, index: Tensor, gates: Tensor) -> tu
 
 
 def _products(merged: Tensor, experts: Tensor, index: Tensor) -> Tensor:
-    """Return <merged, expert> [G, E] in float64 where a gate selected the expert; elsewhere nobody asks.
+    """Return <merged, expert> [G, E] where a gate selected the expert; elsewhere nobody asks.
 
-    Sums of short pieces are added in float64: over all of an expert's weights float32 would lose digits.
+    Sums of short pieces are added in a wider type: over all of an expert's weights float32 would lose digits.
     """
     if merged.device.type != "cpu" or index.numel() > len(experts):
         left, right = (x.unflatten(1, (-1, _piece(x.shape[1]))).transpose(0, 1) for x in (merged, experts))
-        return torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
+        return torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=widest(merged.device))
     found = torch.zeros(len(merged), len(experts), dtype=torch.float64)
     for gate, selected in enumerate(index.tolist()):
         for expert in set(selected):
             product = (merged[gate] * experts[expert]).view(-1, _piece(merged.shape[1]))
             found[gate, expert] = product.sum(1).sum(dtype=torch.float64)
     return found
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point type of a device."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def _piece(length: int) -> int:

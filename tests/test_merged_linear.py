@@ -239,7 +239,7 @@ def test_merged_weights_of_all_groups_never_exist_at_once(
     monkeypatch.setattr(tiles_meo, "TILE_BYTES", 4 * 64 * 256)
     drawn = Drawn(2, 512, 512, gates=64, experts=4, transposed=transposed, dtype=torch.float32)
     with Largest() as largest:
-        merged_linear_meo._linear._init_fn(*drawn.inputs(), plan)
+        merged_linear_meo._compute(*drawn.inputs(), plan)
     assert 0 < largest.numel <= 64 * 64 * 512 < 64 * 512 * 512 / 4
 
 
@@ -292,9 +292,46 @@ def test_autocast_computes_in_its_dtype(plan: str) -> None:
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y, leaves, drawn.dy.bfloat16()))
 
 
-def test_no_tokens_give_no_tokens() -> None:
+@pytest.mark.parametrize("owned", [False, True])
+def test_no_tokens_give_no_tokens(owned: bool) -> None:
+    drawn = Drawn(owned=owned)
+    leaves = drawn.leaves()
+    y = merged_linear(drawn.x[:, :0], *drawn.inputs()[1:])
+    assert y.shape == (len(drawn.x), 0, 63)
+    assert all(not g.any() for g in torch.autograd.grad(y.sum(), leaves))
+    if owned:
+        assert merged_linear(drawn.x[:0], *drawn.inputs()[1:5], drawn.owner[:0]).shape == (0, 4, 63)
+
+
+def test_gates_without_a_group_do_not_sway_the_choice() -> None:
+    """A hundred tasks, all rows of one: as if there were no others."""
+    drawn = Drawn(128, 256, 256, gates=100, experts=16, dtype=torch.float32)
+    one = (drawn.index[:1], drawn.gates[:1])
+    x = drawn.x[:4]
+    executed.clear()
+    expected = merged_linear(x.reshape(1, -1, 256), drawn.stack, None, *one)
+    (plan,) = executed
+    found = merged_linear(x, drawn.stack, None, drawn.index, drawn.gates, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(found.reshape(1, -1, 256), expected)
+    assert executed == {plan: 2}
+
+
+def test_function_transforms_take_the_plain_way() -> None:
     drawn = Drawn()
-    assert merged_linear(drawn.x[:, :0], *drawn.inputs()[1:]).shape == (5, 0, 63)
+
+    def run(x: Tensor) -> Tensor:
+        return merged_linear(x, *drawn.inputs()[1:])
+
+    direction = torch.randn_like(drawn.x)
+    _, tangent = torch.func.jvp(run, (drawn.x,), (direction,))
+    torch.testing.assert_close(tangent, run(drawn.x + direction) - run(drawn.x))
+    torch.testing.assert_close(torch.func.grad(lambda x: (run(x) * drawn.dy).sum())(drawn.x), drawn.gradients(None)[1])
+
+
+def test_schemas_fit_the_oldest_torch() -> None:
+    """PyTorch 2.6 knows no lists of bool in a schema."""
+    for operation in (merged_linear_meo._linear, merged_linear_meo._linear_backward):
+        assert "bool[]" not in str(operation._opoverload._schema)
 
 
 def test_special_tensors_take_the_plain_way() -> None:

@@ -29,6 +29,7 @@ from transformers import DynamicCache
 
 BERT_BASE = Work(8, 8 * 128, 16, 4, 3072, 768)
 MIXTRAL = Work(1, 1, 8, 2, 28672, 4096, "bfloat16", "cuda")
+ZERO = json.dumps({"rates": {"cpu/float32": {**asdict(RATES["cpu", "float32"]), "read": 0}}})
 OLMOE = Work(1, 1, 64, 8, 2048, 2048, "bfloat16", "cuda")
 
 
@@ -89,7 +90,9 @@ def test_measured_rates_take_over_until_their_file_goes() -> None:
     assert choose(BERT_BASE) == "accumulate"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rates": {"cpu/float32": {"read": 1}}}', '{"rates": {"cpu/float32": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"rates": {"cpu/float32": {"read": 1}}}', '{"rates": {"cpu/float32": 3}}', ZERO]
+)
 def test_a_spoilt_file_of_rates_changes_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "rates.json").write_text(text)
     assert rates_of(BERT_BASE) == RATES["cpu", "float32"]
@@ -157,7 +160,7 @@ def test_steps_that_combine_outputs_are_those_with_kept_experts(level: str) -> N
     expected, kept = decode()
     assert kept
     assert {row.plan for row in model.meo_plan(8, 1, "decode")} == {"cached"}
-    write_rates({"cpu/float32": Rates(1e6, 1e12, 1e5, 1e5, 1e5, 1e9, 0.0)}, {})
+    write_rates({"cpu/float32": Rates(1e6, 1e12, 1e5, 1e5, 1e5, 1e9, 1e-12)}, {})
     costs_of.cache_clear()
     found, kept = decode()
     assert {row.plan for row in model.meo_plan(8, 1, "decode")} == {"combine"}

@@ -120,6 +120,59 @@ def test_an_optimizer_step_is_seen() -> None:
     torch.testing.assert_close(after, fresh(model, inputs))
 
 
+def test_a_change_between_steps_is_seen_by_the_next_text() -> None:
+    """A step of one token per row compares no samples, but what it merges is sampled."""
+    model, inputs = Case("llama", "task").drawn(), Case("llama", "task").inputs()
+    step = {**inputs, "input_ids": inputs["input_ids"][:, :1], "attention_mask": inputs["attention_mask"][:, :1]}
+    logits_of(model, step)
+    behind_the_counters(next(iter(merged_of(model).values())).experts.down_proj)
+    torch.testing.assert_close(logits_of(model, inputs), fresh(model, inputs))
+
+
+def test_another_parameter_at_the_same_address_is_seen() -> None:
+    model, inputs = Case("llama", "task").drawn(), Case("llama", "task").inputs()
+    step = {**inputs, "input_ids": inputs["input_ids"][:, :1], "attention_mask": inputs["attention_mask"][:, :1]}
+    experts = next(iter(merged_of(model).values())).experts
+    before = logits_of(model, step)
+    values = torch.randn_like(experts.down_proj)
+    experts.down_proj = None
+    experts.down_proj = Parameter(values)
+    after = logits_of(model, step)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, fresh(model, step))
+
+
+def test_replicas_and_derived_weights_remember_nothing() -> None:
+    model, inputs = BERT.drawn(), BERT.inputs()
+    module = next(iter(merged_of(model).values()))
+    replica = module._replicate_for_data_parallel()
+    for name in ("experts", "router"):
+        replica._modules[name] = getattr(module, name)._replicate_for_data_parallel()
+    assert module._has_own_weights()
+    assert not replica._has_own_weights()
+    torch.nn.utils.parametrize.register_parametrization(module.experts, "up_proj", torch.nn.Identity())
+    assert not module._has_own_weights()
+    torch.testing.assert_close(logits_of(model, inputs), logits_of(model, inputs))
+    assert not module._task_memory.nbytes
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
+def test_autocast(case: Case) -> None:
+    model, inputs = case.drawn().float(), case.inputs()
+    expected = logits_of(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_of(model, inputs)
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_a_forced_plan_keeps_nothing_that_it_would_not_use() -> None:
+    model, inputs = BERT.drawn(), BERT.inputs()
+    expected = logits_of(copy.deepcopy(model), inputs)
+    model.set_meo_plan("combine")
+    torch.testing.assert_close(logits_of(model, inputs), expected)
+    assert not any(memory.nbytes for memory in model._meo_context.task_memories)
+
+
 def test_training_forgets() -> None:
     model, inputs = BERT.drawn(), BERT.inputs()
     logits_of(model, inputs)

@@ -106,7 +106,10 @@ def convert_command(
     num_experts: Annotated[int, typer.Option(help="Experts per feed-forward.")] = 8,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one that is dropped.")] = 3,
     work: Annotated[
-        Path | None, typer.Option(help="Folder on the disk to time; what is written there is deleted again.  [default: the temporary one]")
+        Path | None,
+        typer.Option(
+            help="Folder on the disk to time; what is written there is deleted again.  [default: the temporary one]"
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
