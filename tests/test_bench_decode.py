@@ -142,6 +142,7 @@ def test_steps_that_merge_count_by_their_share() -> None:
     steps = [9.0, 1.0, 2.0, 1.0, 7.0, 1.0]  # tokens 6 to 11: the first, and token 10, open a segment of 10
     assert decode.per_token(steps, 6, 10) == (1.0 + 7.0 / 10, 8.0)
     assert decode.per_token(steps, 6, None) == (1.5, None)
+    assert decode.merging_steps(6, 3, 4) == [True, True, False, False, False, True]
 
 
 def test_noise_is_said() -> None:

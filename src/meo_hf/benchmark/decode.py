@@ -105,6 +105,11 @@ def _time_round(settings: DecodeSettings, models: Models, timing: Timing, ids: T
     timing.merged_bytes = merged_bytes(cache)
 
 
+def merging_steps(count: int, prompt: int, segment: int) -> list[bool]:
+    """Say of each step after a prompt whether experts are merged in it: the first, and each that opens a segment."""
+    return [number == 0 or (prompt + number) % segment == 0 for number in range(count)]
+
+
 def per_token(steps: list[float], prompt: int, segment: int | None) -> tuple[float, float | None]:
     """Return the time per token, and of a step that merges experts: the first one, and each that opens a segment.
 
@@ -112,7 +117,7 @@ def per_token(steps: list[float], prompt: int, segment: int | None) -> tuple[flo
     """
     if segment is None:
         return statistics.median(steps), None
-    merging = [number == 0 or (prompt + number) % segment == 0 for number in range(len(steps))]
+    merging = merging_steps(len(steps), prompt, segment)
     merge = statistics.median(s for s, merges in zip(steps, merging, strict=True) if merges)
     plain = statistics.median([s for s, merges in zip(steps, merging, strict=True) if not merges] or [merge])
     return plain + (merge - plain) / segment, merge

@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from meo_hf.benchmark.decode import Decoded, Timing
+from meo_hf.benchmark.decode import Decoded, Timing, merging_steps
 from meo_hf.benchmark.decode_variants import Models
 from meo_hf.benchmark.machine import Machine
 
@@ -48,9 +48,12 @@ def notes(decoded: Decoded, models: Models, machine: Machine, source: str) -> li
     model = models.describe()
     segment = next(timing for timing in decoded.timings if timing.merge)
     merge = f"a step that merges takes {_median_ms(segment.merge):.2f} ms"
+    steps = decoded.settings.new_tokens
+    merged = sum(merging_steps(steps, decoded.settings.prompt_tokens, models.segment_length))
     counts = f"{model['parameters']:,} parameters, as MEO {model['parameters_meo']:,}"
     return [
         f"meo (segment): {merge}, counted once per {models.segment_length} tokens",
+        f"steps that merged experts: meo (prompt) 0 of {steps}, meo (segment) {merged} of {steps}; others use kept ones",
         f"{source} ({model['class']}), {counts}; {machine}",
     ]
 
