@@ -53,7 +53,7 @@ def notes(decoded: Decoded, models: Models, machine: Machine, source: str) -> li
     counts = f"{model['parameters']:,} parameters, as MEO {model['parameters_meo']:,}"
     return [
         f"meo (segment): {merge}, counted once per {models.segment_length} tokens",
-        f"steps that merged experts: meo (prompt) 0 of {steps}, meo (segment) {merged} of {steps}; others use kept ones",
+        f"steps that merged experts: meo (prompt) 0 of {steps}, meo (segment) {merged} of {steps}; the rest kept them",
         f"{source} ({model['class']}), {counts}; {machine}",
     ]
 
