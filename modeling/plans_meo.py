@@ -86,7 +86,7 @@ RATES: dict[tuple[str, str], Rates] = {
     ("cpu", "float32"): Rates(3.5e10, 2.0e11, 1.1e10, 9.6e10, 2.6e10, 3.7e10, 1.8e-6),
     ("cpu", "bfloat16"): Rates(1.9e10, 9.0e11, 7.9e9, 3.7e11, 2.1e10, 1.9e10, 1.7e-6),
     ("cpu", "float16"): Rates(3.0e10, 5.0e10, 7.5e9, 3.2e9, 3.1e9, 3.0e10, 1.7e-6),
-    # NVIDIA H100: not yet calibrated; memory and matrix rates as a copy and a product were seen to run there
+    # NVIDIA H100: estimates; nothing was measured there yet
     ("cuda", "float32"): Rates(2.9e12, 4.5e13, 5e12, 4e13, 2.9e12, 5.5e12, 5e-6),
     ("cuda", "bfloat16"): Rates(2.9e12, 7e14, 5e12, 3e14, 2.9e12, 5.5e12, 5e-6),
     ("cuda", "float16"): Rates(2.9e12, 7e14, 5e12, 3e14, 2.9e12, 5.5e12, 5e-6),
