@@ -39,9 +39,10 @@ def merged_linear(
     `plan` is one of PLANS, None to choose. Computes in the stack's dtype, or in that of autocast.
     """
     device = x.device.type
-    if owner is not None and (device != "cpu" or _plain(x, stack, bias, index, gates)):
+    plain = _plain(x, stack, bias, index, gates)
+    if owner is not None and (plain or device != "cpu"):
         index, gates, owner = index[owner], gates[owner], None
-    if _plain(x, stack, bias, index, gates):
+    if plain:
         merged = merge_experts(stack, index, gates)
         return grouped_linear(x, merged, None if bias is None else merge_experts(bias, index, gates))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
@@ -107,15 +108,19 @@ def _compute(
         return combine_outputs(x.to(stack.dtype), stack, bias, index, gates).to(x.dtype)
     storage, transposed = storage_of(stack)
     merged_bias = None if bias is None else merge_experts(bias, rows.index, rows.gates)
-
-    def run(product: bool) -> Tensor:
-        merge = Merge(storage, rows.index, rows.gates, product, product_dtype(x))
-        return merge_multiply(rows.tokens(x), storage, transposed, merge, merged_bias)
-
-    y = run(chosen == "product")
-    if chosen == "product" and not _sound(y):
-        y = run(False)
+    y = _merge_multiply(rows.tokens(x), storage, transposed, rows, chosen == "product", product_dtype(x), merged_bias)
     return rows.groups(y).to(x.dtype)
+
+
+def _merge_multiply(
+    x: Tokens, storage: Tensor, transposed: bool, rows: _Rows, product: bool, dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Merge and multiply; by index where one product with all experts did harm."""
+    y = merge_multiply(x, storage, transposed, Merge(storage, rows.index, rows.gates, product, dtype), bias)
+    if product and not _sound(y):
+        return _merge_multiply(x, storage, transposed, rows, False, dtype, bias)
+    return y
 
 
 _linear = torch.library.custom_op(f"{_NAMESPACE}::linear", _compute, mutates_args=())
@@ -149,15 +154,8 @@ def _linear_backward(
     given, wanted = rows.tokens(x).to(dtype), rows.tokens(dy).to(dtype)
     dx, dstack, dbias, dgates = x.new_empty(0), stack.new_empty(0), stack.new_empty(0), gates.new_empty(0)
     if to_x:
-
-        def run(product: bool) -> Tensor:
-            return merge_multiply(
-                wanted, storage, not transposed, Merge(storage, rows.index, rows.gates, product, dtype)
-            )
-
         product = x.device.type == "cpu" and rows.index.numel() > len(storage)
-        found = run(product)
-        dx = rows.groups(run(False) if product and not _sound(found) else found).to(x.dtype)
+        dx = rows.groups(_merge_multiply(wanted, storage, not transposed, rows, product, dtype)).to(x.dtype)
     if to_stack or to_gates:
         experts, found = weight_gradients(given, wanted, storage, transposed, rows.index, rows.gates, to_stack)
         if experts is not None:
