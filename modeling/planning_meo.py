@@ -14,7 +14,7 @@ from .kernels_meo import usable
 from .merger_meo import Merger
 from .moe_families_meo import MoeFamily
 from .moe_settings_meo import top_k_of
-from .plans_meo import PLANS, Work, costs_of, saved_by_keeping, work_of_stack
+from .plans_meo import PLANS, Work, possible, saved_by_keeping, work_of_stack
 
 STAGES = ("prefill", "decode")
 
@@ -88,7 +88,7 @@ def plan_model(model: Any, batch: int, tokens: int, stage: str) -> PlannedModel:
         for name in module.maps:
             stack = module.stack(name)[0]
             work = work_of_stack(stack, gates, batch if decoding else batch * tokens, top_k)
-            seconds = {plan: cost for plan, cost in costs_of(work).items() if plan != "fused" or usable(stack)}
+            seconds = possible(work, usable(stack))
             rows.append(
                 _planned(f"{path}.{name}", work, seconds, _forced(module, model), keeps, settings.level == "task")
             )

@@ -152,8 +152,13 @@ TILE_BYTES = 6 << 20
 
 def choose(work: Work, *, fuses: bool = True) -> str:
     """Return the plan that should be fastest; `fuses` says whether there is a kernel for plan `fused`."""
-    costs = {plan: cost for plan, cost in costs_of(work).items() if fuses or plan != "fused"}
+    costs = possible(work, fuses)
     return min(costs, key=lambda plan: costs[plan])
+
+
+def possible(work: Work, fuses: bool) -> dict[str, float]:
+    """Return the seconds of each plan that can run."""
+    return {plan: cost for plan, cost in costs_of(work).items() if fuses or plan != "fused"}
 
 
 @lru_cache(4096)

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from meo_hf.cli_bench_calibrate import calibrate_command
-from meo_hf.cli_bench_layer import layer_command, train_step_command
+from meo_hf.cli_bench_layer import layer_command, numbers, train_step_command
 from meo_hf.cli_bench_models import convert_command, prefill_command
 from meo_hf.errors import OutputError, UsageError
 
@@ -55,7 +55,7 @@ def decode_command(
 
     settings = DecodeSettings(
         num_experts=num_experts,
-        top_k=_numbers(top_k),
+        top_k=numbers("--top-k", top_k),
         batch=batch,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -88,13 +88,6 @@ bench.command("layer")(layer_command)
 bench.command("train-step")(train_step_command)
 bench.command("prefill")(prefill_command)
 bench.command("convert")(convert_command)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise UsageError(f"--top-k is {text!r}: give whole numbers, separated by commas") from None
 
 
 def check_outputs(json_file: Path | None, plot: Path | None) -> None:

@@ -139,9 +139,9 @@ def _settings(
         raise UsageError(f"--segment-length has no effect at --level {level}: add segment, or leave it out")
     return LayerSettings(
         shape=tuple(shape.split(",")),
-        batch=_numbers("--batch", batch),
-        tokens=_numbers("--tokens", tokens),
-        top_k=() if top_k is None else _numbers("--top-k", top_k),
+        batch=numbers("--batch", batch),
+        tokens=numbers("--tokens", tokens),
+        top_k=() if top_k is None else numbers("--top-k", top_k),
         level=levels,
         dtype=tuple(dtype.split(",")),
         segment_length=SEGMENT_LENGTH if segment_length is None else segment_length,
@@ -152,7 +152,8 @@ def _settings(
     )
 
 
-def _numbers(name: str, text: str) -> tuple[int, ...]:
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """Read an option's list of whole numbers. Raises UsageError."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:

@@ -49,16 +49,16 @@ def prefill_command(
     from meo_hf.benchmark.prefill_setup import PrefillSettings
     from meo_hf.cli import out
     from meo_hf.cli_bench import bar, check_outputs
-    from meo_hf.cli_bench_layer import _numbers
+    from meo_hf.cli_bench_layer import numbers
     from meo_hf.conversion.source import public_name
 
     if (source is None) == (config is None):
         raise UsageError("give either DENSE or --config, one of them")
     settings = PrefillSettings(
         num_experts=num_experts,
-        top_k=_numbers("--top-k", top_k),
-        batch=_numbers("--batch", batch),
-        tokens=_numbers("--tokens", tokens),
+        top_k=numbers("--top-k", top_k),
+        batch=numbers("--batch", batch),
+        tokens=numbers("--tokens", tokens),
         rounds=rounds,
         dtype=dtype,
         device=device,
