@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,20 +203,24 @@ class MeoFeedForward(nn.Module):
         if not (known and groups.settled):
             inputs = groups.read(source, cells).to(cells.device)
             if not known or groups.changed:
-                gates = self._gates(source, inputs, call)
+                gates = self._gates(source, inputs, call, groups)
         return self.experts(call, groups, names, gates, bool(self.chunk_size))
 
-    def _gates(self, source: str, inputs: Tensor, call: Call) -> dict[str, Gates]:
+    def _gates(self, source: str, inputs: Tensor, call: Call, groups: Groups) -> dict[str, Gates]:
         """Return the gates of the linear maps that read `source`; in scope `ffn` one router's serve all."""
         if self.scope == "ffn":
-            return dict.fromkeys(self.maps, self._route(self.router, inputs, call))
+            return dict.fromkeys(self.maps, self._route(self.router, inputs, call, groups))
         routers: nn.ModuleDict = self.router  # type: ignore[assignment]
-        return {name: self._route(routers[name], inputs, call) for name in self.sources[source]}
+        return {name: self._route(routers[name], inputs, call, groups) for name in self.sources[source]}
 
-    def _route(self, router: nn.Module, inputs: Tensor, call: Call) -> Gates:
-        gates, balance = router(inputs)
+    def _route(self, router: nn.Module, inputs: Tensor, call: Call, groups: Groups) -> Gates:
+        real = groups.real() if self.training else None
+        gates, balance = router(inputs, real)
         if self.training and self.balance_loss:
             call.balance.append(balance * self.balance_loss)
+        tally: Any = router.tally
+        if self.training and tally is not None:
+            tally.add(gates, real, groups.owner)
         return gates
 
     @torch.no_grad()

@@ -57,6 +57,10 @@ class Groups:
         """Return what the groups' gates read of a gated input [N, W, D]: features [N, D] or task ids [N]."""
         return masked_mean(cells, self._mask)
 
+    def real(self) -> Tensor | None:
+        """Mark the groups that hold a token which is no padding [N]; None where all do."""
+        return None if self._mask is None else self._mask.any(1)
+
     def kept(self) -> Maps:
         """Return the merged experts that the memory holds for these groups."""
         return self.memory.merged if self.memory is not None and self.keeps else {}
@@ -76,6 +80,7 @@ class TaskGroups(Groups):
     settled = True
 
     def __init__(self, task: int | None, task_ids: Tensor | None) -> None:
+        super().__init__()
         self._task, self._ids = task, task_ids
         self._rows = 0
         self._tasks: int | None = None
@@ -118,6 +123,7 @@ class SegmentGroups(Groups):
     """Segments of a causal stack: each gate reads the segment before."""
 
     def __init__(self, layout: Layout, memory: LayerRouting | None, call: CausalCall) -> None:
+        super().__init__()
         self.layout, self.memory, self._call = layout, memory, call
         steady = call.keeps and layout.length == 1 and layout.prompt is None and call.prompt_end is None
         self.keeps = steady and memory is not None and not memory.shuffled
@@ -134,6 +140,11 @@ class SegmentGroups(Groups):
     def join(self, y: Tensor) -> Tensor:
         """Take tokens out of their cells."""
         return self.layout.join(y)
+
+    def real(self) -> Tensor | None:
+        """Mark the segments that hold a token."""
+        occupied = self.layout.occupied
+        return None if occupied is None else occupied.any(-1).flatten()
 
     def read(self, name: str, cells: Tensor) -> Tensor:
         """Return what the segments before have left [N, D]."""
@@ -173,6 +184,7 @@ class AnswerGroups(Groups):
         still: bool,
         encoder: Tensor | None = None,
     ) -> None:
+        super().__init__()
         self.memory, self._encoder = memory, encoder
         self.keeps, self._still = keeps and memory is not None, still
         self._repeats = 1 if memory is None else memory.repeats if encoder is None else memory.copies

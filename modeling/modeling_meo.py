@@ -16,7 +16,8 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.utils import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput, logging
 
 from .cache_meo import decoder_cache, route_cache
 from .causal_meo import Reads, Stack
@@ -32,6 +33,13 @@ from .moe_meo import merged_moe
 from .planning_meo import PlannedModel, check_plan, plan_model
 from .reference_meo import break_links, load_options, own_options, source_of
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
+
+logger = logging.get_logger(__name__)
+NO_LOSS = (
+    "This model was called in training without labels, so its balance loss could not be added to a loss. It is in "
+    "`outputs.aux_loss`: add it to yours, or set `balance_loss` to 0 in the config's `meo` block. With the Trainer's "
+    "label_smoothing_factor, pass meo_hf.training.smoothed_loss as `compute_loss_func` instead."
+)
 
 
 class MeoModelMixin:
@@ -182,19 +190,30 @@ class MeoModelMixin:
         super()._set_gradient_checkpointing(enable, checkpointed, *args, **kwargs)  # type: ignore[misc]
 
     def _add_balance_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
-        """Add the balance loss to the task loss, in training and where labels gave one.
+        """Add the balance loss to the task loss in training; where no labels gave one, hand it over as `aux_loss`.
 
         With `num_items_in_batch` the Trainer sums losses over accumulation steps, so this batch contributes
         its share of the items; without it the Trainer averages.
         """
-        call = self._meo_context.current
-        if not self.training or call is None or not call.balance:  # type: ignore[attr-defined]
+        context, named = self._meo_context, isinstance(outputs, ModelOutput)
+        call = context.current
+        if not self.training or call is None:  # type: ignore[attr-defined]
             return outputs
-        loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0]
-        if not isinstance(loss, Tensor) or loss.dim():  # labels may be missing, or only some of several
+        if not call.balance:
+            own = outputs.get("aux_loss") if named else None  # of a mixture of experts
+            if context.usage is not None and isinstance(own, Tensor):
+                context.usage.add_balance(own)
             return outputs
+        loss = outputs.get("loss") if named else outputs[0]
         device = next(self.parameters()).device  # type: ignore[attr-defined]
         aux_loss = torch.stack([loss.to(device) for loss in call.balance]).sum()
+        if context.usage is not None:
+            context.usage.add_balance(aux_loss)
+        if not isinstance(loss, Tensor) or loss.dim():  # labels may be missing, or only some of several
+            logger.warning_once(NO_LOSS)
+            if named:
+                outputs["aux_loss"] = aux_loss
+            return outputs
         items, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
         if items is not None and isinstance(labels, Tensor):
             aux_loss = aux_loss * (self._label_count(labels) / items)
@@ -310,6 +329,8 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         generates = issubclass(base, GenerationMixin)
         mixin = MeoGenerationMixin if generates else MeoModelMixin
         in_fp32 = list(base._keep_in_fp32_modules or [])
+        if base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # by it the Trainer knows whose labels to shift
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = name
         globals()[name] = type(
             name,
             (mixin, base),

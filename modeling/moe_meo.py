@@ -138,6 +138,8 @@ class MergedExpertsMixin(Merger):
     post_expert_norm: Any
     is_transposed: bool = False
     zero_expert_num: int = 0
+    training: bool
+    tally: Any = None  # counts what is selected, where somebody watches the training
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run tokens [T, D] or [B, S, D] through the experts that their groups' gates [N, K] merge."""
@@ -145,6 +147,8 @@ class MergedExpertsMixin(Merger):
         routed: Routed = call.routed.pop(self._meo.path)
         x = routed.groups.split(call.grouped(hidden_states))  # [N, W, D]
         gates, scale, identity = self._normalise(top_k_index, top_k_weights)
+        if self.training and self.tally is not None:
+            self.tally.add(gates, routed.groups.real(), None)
         y = self._weigh(x, self._run(call, routed.groups, gates), scale[:, None, None])
         if identity is not None:
             y = y + identity[:, None, None] * x

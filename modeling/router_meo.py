@@ -5,7 +5,7 @@ Legend: G groups that share a gate, D features, E experts, K selected experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ class MeoRouter(nn.Module):
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, in_features))
         self.noise_weight = nn.Parameter(torch.empty(num_experts, in_features)) if noisy else None
+        self.tally: Any = None  # counts what is selected, where somebody watches the training
 
-    def forward(self, inputs: Tensor) -> tuple[Gates, Tensor]:
-        """Return the gates of each group and the unscaled balance loss of this router."""
+    def forward(self, inputs: Tensor, real: Tensor | None = None) -> tuple[Gates, Tensor]:
+        """Return the gates of each group and the unscaled balance loss of this router.
+
+        `real` [G] marks groups that hold a token: others don't count in the loss.
+        """
         with torch.autocast(inputs.device.type, enabled=False):
             clean = self._project(inputs, self.weight)  # [G, E]
             logits, std = clean, None
@@ -41,7 +45,7 @@ class MeoRouter(nn.Module):
                 logits = clean + torch.randn_like(clean) * std
             top_logits, index = logits.topk(min(self.top_k + 1, logits.shape[1]), dim=1)
             gates = Gates(index[:, : self.top_k], top_logits[:, : self.top_k].softmax(1))
-            return gates, self._balance(gates, clean, logits, top_logits, std)
+            return gates, self._balance(gates, clean, logits, top_logits, std, real)
 
     @staticmethod
     def _project(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -50,18 +54,22 @@ class MeoRouter(nn.Module):
             return F.linear(inputs.to(wide), weight.to(wide))
         return F.embedding(inputs.to(weight.device), weight.t()).to(wide)
 
-    def _balance(self, gates: Gates, clean: Tensor, logits: Tensor, top_logits: Tensor, std: Tensor | None) -> Tensor:
+    def _balance(
+        self, gates: Gates, clean: Tensor, logits: Tensor, top_logits: Tensor, std: Tensor | None, real: Tensor | None
+    ) -> Tensor:
         """CV squared of importance (summed gates) and of load (expected number of selections) per expert."""
         dense = torch.zeros_like(clean).scatter(1, gates.top_k_index, gates.top_k_weights)
         if std is None or self.top_k == clean.shape[1]:
-            load = (dense > 0).to(clean.dtype).sum(0)
+            load = (dense > 0).to(clean.dtype)
         else:
             last_in, first_out = top_logits[:, self.top_k - 1, None], top_logits[:, self.top_k, None]
             selected = logits > first_out
             # an expert stays selected while its noisy logit beats the best logit outside of the other K
             threshold = torch.where(selected, first_out, last_in)
-            load = torch.special.ndtr((clean - threshold) / std).sum(0)
-        return cv_squared(dense.sum(0)) + cv_squared(load)
+            load = torch.special.ndtr((clean - threshold) / std)
+        if real is not None:
+            dense, load = (torch.where(real.to(x.device)[:, None], x, 0) for x in (dense, load))
+        return cv_squared(dense.sum(0)) + cv_squared(load.sum(0))
 
 
 def cv_squared(x: Tensor) -> Tensor:

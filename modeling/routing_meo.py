@@ -82,6 +82,7 @@ class RoutingContext:
         self.task: int | None = None
         self.warned = False
         self.plan: str | None = None
+        self.usage: Any = None  # hears of balance losses, where somebody watches the training
         self.task_memories: list[TaskMemory] = []
         self._calls: dict[int, Call] = {}
 

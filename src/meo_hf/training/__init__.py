@@ -1,0 +1,25 @@
+"""Training MEO models with the stock Trainer: what it logs, tasks, and recovery from a teacher."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meo_hf.training.smoothing import smoothed_loss
+    from meo_hf.training.tasks import TaskCollator, mix
+    from meo_hf.training.watching import watch
+
+_HOMES = {
+    "TaskCollator": "meo_hf.training.tasks",
+    "mix": "meo_hf.training.tasks",
+    "smoothed_loss": "meo_hf.training.smoothing",
+    "watch": "meo_hf.training.watching",
+}
+__all__ = ["TaskCollator", "mix", "smoothed_loss", "watch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
