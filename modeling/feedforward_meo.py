@@ -29,6 +29,7 @@ from .errors_meo import MeoConfigError
 from .families_meo import Family
 from .groups_meo import Groups, TaskGroups
 from .merger_meo import Linear, Merger, gated_at_once
+from .parallel_meo import own_tensors
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
 from .task_memory_meo import TaskMemory
@@ -161,14 +162,18 @@ class MeoFeedForward(nn.Module):
         memory = None
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._has_own_weights():
             memory = self._task_memory
-            memory.refresh(self.parameters(), closely=hidden_states.shape[:-1].numel() != call.rows)  # steps look less
+            closely = hidden_states.shape[:-1].numel() != call.rows  # steps look less
+            memory.refresh(self._own_parameters(), closely=closely)
         groups.share(self.tasks, memory, hidden_states.device)
 
     def _has_own_weights(self) -> bool:
         """Whether all weights are plain parameters: not a replica's, nor derived from others."""
         derived = any(hasattr(module, "parametrizations") for module in self.modules())
-        kinds = {type(p) for p in self.parameters()}
+        kinds = {type(p) for p in self._own_parameters()}
         return bool(kinds) and kinds <= {Tensor, nn.Parameter} and not derived
+
+    def _own_parameters(self) -> list[Tensor]:
+        return list(self.parameters()) if self.experts.shards is None else own_tensors(self)
 
     def train(self, mode: bool = True) -> MeoFeedForward:
         """Set the mode; what was merged for tasks is forgotten."""
@@ -215,7 +220,7 @@ class MeoFeedForward(nn.Module):
 
     def _route(self, router: nn.Module, inputs: Tensor, call: Call, groups: Groups) -> Gates:
         real = groups.real() if self.training else None
-        gates, balance = router(inputs, real)
+        gates, balance = router(inputs) if real is None else router(inputs, real)
         if self.training and self.balance_loss:
             call.balance.append(balance * self.balance_loss)
         tally: Any = router.tally

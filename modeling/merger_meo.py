@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .groups_meo import Groups, TaskGroups
 from .merged_linear_meo import gated_linear, merged_linear
 from .merging_meo import grouped_linear, merge_experts, owned_linear
+from .parallel_meo import Shards
 from .plans_meo import saved_by_keeping, work_of_stack
 from .router_meo import Gates
 from .routing_meo import Call, RoutingContext
@@ -34,6 +35,7 @@ class Merger:
 
     combine: str
     maps: tuple[str, ...]
+    shards: Shards | None = None  # under tensor parallel
     _context: RoutingContext
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +50,16 @@ class Merger:
         `gates` may be empty where all maps are kept and no group has changed; `pieces` says that each map will be
         asked several times.
         """
+        if self.shards is None:
+            return self._own_maps(call, groups, names, gates, pieces)
+        with self.shards.local(cast(nn.Module, self)):
+            maps = self._own_maps(call, groups, names, self.shards.enter(gates), pieces)
+        return self.shards.around(maps)
+
+    def _own_maps(
+        self, call: Call, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates], pieces: bool
+    ) -> dict[str, Linear]:
+        """Return linear maps of the experts, or of the part of them that this process holds."""
         kept = groups.kept()
         if all(name in kept for name in names):
             if groups.changed and not groups.settled:

@@ -10,39 +10,32 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput, logging
 
 from .cache_meo import decoder_cache, route_cache
 from .causal_meo import Reads, Stack
 from .configuration_meo import is_causal, meo_config_class, settings_of
 from .errors_meo import MeoConfigError
 from .families_meo import family_of, has_row
-from .feedforward_meo import MeoFeedForward, merged_feed_forwards, replace_blocks
+from .feedforward_meo import Absorbed, MeoFeedForward, merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
+from .loss_meo import LossMixin
 from .moe_adapters_meo import SparseBlock, stacking_conversions
 from .moe_families_meo import MoeFamily
 from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
+from .parallel_meo import check_gates, check_parallel, plan_experts
 from .planning_meo import PlannedModel, check_plan, plan_model
 from .reference_meo import break_links, load_options, own_options, source_of
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
-logger = logging.get_logger(__name__)
-NO_LOSS = (
-    "This model was called in training without labels, so its balance loss could not be added to a loss. It is in "
-    "`outputs.aux_loss`: add it to yours, or set `balance_loss` to 0 in the config's `meo` block. With the Trainer's "
-    "label_smoothing_factor, pass meo_hf.training.smoothed_loss as `compute_loss_func` instead."
-)
 
-
-class MeoModelMixin:
+class MeoModelMixin(LossMixin):
     """What a MEO model adds to its Transformers class."""
 
     config: Any
@@ -65,6 +58,26 @@ class MeoModelMixin:
         if settings.default_task is not None:
             context.task = settings.tasks.index(settings.default_task)
         super().post_init()  # type: ignore[misc]
+
+    def init_parallel_plans(self) -> None:
+        """Plan as Transformers does, with merged experts in the place of the feed-forwards that they replaced."""
+        super().init_parallel_plans()  # type: ignore[misc]
+        modules = dict(self.named_modules())  # type: ignore[attr-defined]
+        merged = [path for path, module in modules.items() if hasattr(module, "merged_maps")]
+        replaced = [path for path, module in modules.items() if isinstance(module, (MeoFeedForward, Absorbed))]
+        plan_experts(self, merged, replaced)
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare as Transformers does; raises MeoConfigError for what merged experts contradict."""
+        check_parallel(distributed_config)
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+        """Distribute as Transformers does; raises MeoConfigError for gates that read what would be split."""
+        check_gates(distributed_config, mesh, [block for _, block in merged_feed_forwards(model)])
+        return super().maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
@@ -189,44 +202,6 @@ class MeoModelMixin:
 
         super()._set_gradient_checkpointing(enable, checkpointed, *args, **kwargs)  # type: ignore[misc]
 
-    def _add_balance_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
-        """Add the balance loss to the task loss in training; where no labels gave one, hand it over as `aux_loss`.
-
-        With `num_items_in_batch` the Trainer sums losses over accumulation steps, so this batch contributes
-        its share of the items; without it the Trainer averages.
-        """
-        context, named = self._meo_context, isinstance(outputs, ModelOutput)
-        call = context.current
-        if not self.training or call is None:  # type: ignore[attr-defined]
-            return outputs
-        if not call.balance:
-            own = outputs.get("aux_loss") if named else None  # of a mixture of experts
-            if context.usage is not None and isinstance(own, Tensor):
-                context.usage.add_balance(own)
-            return outputs
-        loss = outputs.get("loss") if named else outputs[0]
-        device = next(self.parameters()).device  # type: ignore[attr-defined]
-        aux_loss = torch.stack([loss.to(device) for loss in call.balance]).sum()
-        if context.usage is not None:
-            context.usage.add_balance(aux_loss)
-        if not isinstance(loss, Tensor) or loss.dim():  # labels may be missing, or only some of several
-            logger.warning_once(NO_LOSS)
-            if named:
-                outputs["aux_loss"] = aux_loss
-            return outputs
-        items, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
-        if items is not None and isinstance(labels, Tensor):
-            aux_loss = aux_loss * (self._label_count(labels) / items)
-        if isinstance(outputs, ModelOutput):
-            outputs["loss"] = loss + aux_loss.to(loss.device)
-            outputs["aux_loss"] = aux_loss.detach()
-            return outputs
-        return (loss + aux_loss.to(loss.device), *outputs[1:])
-
-    def _label_count(self, labels: Tensor) -> Tensor:
-        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder  # type: ignore[attr-defined]
-        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
-
 
 class MeoGenerationMixin(PromptedGeneration, MeoModelMixin):
     """The mixin of classes that generate; its name keeps Transformers from building a second class."""
@@ -269,7 +244,7 @@ def _routed_forward(base_forward: Callable[..., Any], family: Any) -> Callable[.
         outputs = None
         try:
             outputs = base_forward(self, *args, **{k: v for k, v in kwargs.items() if k not in taken})
-            return self._add_balance_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
+            return self._finish_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
         finally:
             close_call(context, self, outputs)
 

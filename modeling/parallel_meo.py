@@ -6,7 +6,7 @@ and the last one's partial outputs are summed over the processes. Routers stay w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ except ImportError:  # a PyTorch without processes, or a Transformers that keeps
 
 STYLE = "meo_experts"
 ROUTER_STYLE = "meo_router"
-INSTEAD = "split the data with DDP or FSDP2, or the model with tensor parallel (tp_size) or `device_map`"
+INSTEAD = "use DDP, FSDP2 or `device_map`"
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -38,13 +38,13 @@ class Shards:
     @contextmanager
     def local(self, module: nn.Module) -> Iterator[None]:
         """Let a module read this process's part of its parameters; of a bias that all hold, each adds a share."""
-        whole = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
+        whole: dict[str, Any] = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
         for name, parameter in whole.items():
             if parameter.placements == (Replicate(),):
                 part = parameter.to_local(grad_placements=[Partial()]) / self.size
             else:
                 part = parameter.to_local()
-            module._parameters[name] = part  # type: ignore[assignment]
+            module._parameters[name] = part
         try:
             yield
         finally:
@@ -139,7 +139,7 @@ class ExpertsParallel(TensorParallelLayer):  # type: ignore[misc,valid-type]
             size = whole.shape[dim] * mesh.size() // parts
             raise MeoConfigError(
                 f"tensor parallel over {mesh.size()} processes does not divide the {size} intermediate features of "
-                f"an expert: choose a tp_size that does, or {INSTEAD}"
+                f"an expert: take a tp_size that does, or {INSTEAD}"
             )
         split = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
         module._parameters[param] = nn.Parameter(split, requires_grad=whole.requires_grad)
@@ -151,8 +151,12 @@ class ExpertsParallel(TensorParallelLayer):  # type: ignore[misc,valid-type]
         """
         if not hasattr(module, "merged_maps"):
             raise MeoConfigError(
-                "some layers of this model keep experts that do not merge (`layers` in its `meo` block), which "
-                f"tensor parallel cannot tell apart: {INSTEAD.replace('tensor parallel (tp_size) or ', '')}"
+                "some layers of this model keep experts that do not merge (`layers` in its `meo` block), and a "
+                f"tensor-parallel plan cannot tell them apart: {INSTEAD}"
+            )
+        if module._parameters.get("down_proj") is None:
+            raise MeoConfigError(
+                f"{type(module).__name__} stores its experts in a way that tensor parallel cannot split: {INSTEAD}"
             )
         for name, parameter in module._parameters.items():
             placement = _placement(module, name)
@@ -178,7 +182,7 @@ class RouterParallel(TensorParallelLayer):  # type: ignore[misc,valid-type]
         if not (module.training and getattr(module, "noise_weight", None) is not None):
             yield
             return
-        device = module.noise_weight.device  # type: ignore[union-attr]
+        device: Any = module.noise_weight.device  # type: ignore[union-attr]
         group, seed = mesh.get_group(), torch.randint(2**62, (1,), device=device)
         torch.distributed.broadcast(seed, torch.distributed.get_global_rank(group, 0), group=group)
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)):
@@ -190,24 +194,22 @@ def _kind(device: torch.device) -> str:
     return "cuda" if device.type == "cpu" else device.type
 
 
-def plan_experts(model: Any, merged: Mapping[str, nn.Module], replaced: Mapping[str, nn.Module]) -> None:
+def plan_experts(model: Any, merged: Collection[str], replaced: Collection[str]) -> None:
     """Put rules for merged experts into a model's tensor-parallel plan, in the place of those of what they replaced.
 
-    `merged` are modules of merged experts and `replaced` the feed-forwards around them, by path.
+    `merged` are the paths of merged experts, `replaced` those of dense modules that are there no more.
     """
     if ALL_PARALLEL_STYLES is None:
         model._tp_plan = {}
         return
-    ALL_PARALLEL_STYLES.register(STYLE, ExpertsParallel())
-    ALL_PARALLEL_STYLES.register(ROUTER_STYLE, RouterParallel())
+    styles: Any = ALL_PARALLEL_STYLES
+    styles.register(STYLE, ExpertsParallel())
+    styles.register(ROUTER_STYLE, RouterParallel())
     gone = {_anywhere(path) for path in (*merged, *replaced)}
+    inside = tuple(f"{_anywhere(path)}." for path in merged)
     known = {_anywhere(name) for name, _ in (*model.named_modules(), *model.named_parameters())} - gone
-    routers = [path for path, module in model.named_modules() if hasattr(module, "noise_weight")]
-    kept = {
-        name: style
-        for name, style in model._tp_plan.items()
-        if name in known and not name.startswith(tuple(f"{path}." for path in gone))
-    }
+    kept = {k: style for k, style in model._tp_plan.items() if k in known and not k.startswith(inside)}
+    routers = [path for path, module in model.named_modules() if getattr(module, "noise_weight", None) is not None]
     own = {_anywhere(path): STYLE for path in merged} | {_anywhere(path): ROUTER_STYLE for path in routers}
     model._tp_plan, model._ep_plan, model._pp_plan = kept | own, {}, {}
 
@@ -223,10 +225,20 @@ def check_parallel(config: Any) -> None:
     if read("enable_expert_parallel", False) or (read("ep_size", None) or 1) > 1:
         raise MeoConfigError(
             "expert parallel keeps each expert in one process, but a MEO model adds up experts' weights, so each "
-            f"process needs a part of all of them: {INSTEAD}"
+            f"process needs a part of all of them: take tensor parallel (tp_size), or {INSTEAD}"
         )
     if (read("pp_size", None) or 1) > 1:
         raise MeoConfigError(f"pipeline parallel is not supported by MEO models: {INSTEAD}")
+
+
+def check_gates(config: Any, mesh: Any, blocks: list[Any]) -> None:
+    """Raise MeoConfigError if tensor parallel would split what a gate reads."""
+    if mesh is None or config.tp_size == 1 or not any("intermediate" in block.sources for block in blocks):
+        return
+    raise MeoConfigError(
+        "with gate_scope 'projection' the last gate reads all intermediate features, which tensor parallel splits: "
+        f"convert with gate_scope 'ffn', or {INSTEAD}"
+    )
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .cache_meo import decoder_cache, merged_bytes
 from .causal_meo import CausalCall, Stack, open_causal
@@ -22,6 +23,7 @@ from .memory_meo import free_bytes
 from .padding_meo import document_starts, of_new_tokens, padding_mask, refusal
 from .task_memory_meo import TaskMemory
 
+logger = logging.get_logger(__name__)
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
@@ -45,6 +47,11 @@ class Call:
     routed: dict[str, Any] = field(default_factory=dict)
     room: int | None = None
     refused: str | None = None
+    shared: bool = False  # whether the loss was told the number of items
+
+    def balance_loss(self, device: torch.device) -> Tensor:
+        """Sum the balance losses of all feed-forwards."""
+        return torch.stack([loss.to(device) for loss in self.balance]).sum()
 
     def grouped(self, hidden_states: Tensor) -> Tensor:
         """Give tokens their rows back: [B, S, D] or flattened [B * S, D] -> [B, S, D].
@@ -83,6 +90,8 @@ class RoutingContext:
         self.warned = False
         self.plan: str | None = None
         self.usage: Any = None  # hears of balance losses, where somebody watches the training
+        self.unadded: list[Tensor] | None = None  # takes balance losses that no loss carries, where somebody adds them
+        self.labels: Any = None  # of the batch, where a trainer keeps them from the model
         self.task_memories: list[TaskMemory] = []
         self._calls: dict[int, Call] = {}
 
@@ -123,6 +132,15 @@ class RoutingContext:
             )
         return call
 
+    def hand_over(self, balance: Tensor) -> None:
+        """Give a balance loss that could not be added to a loss to whoever adds it; if nobody does, say so."""
+        if self.usage is not None:
+            self.usage.add_balance(balance)
+        if self.unadded is None:
+            logger.warning_once(UNADDED)
+        elif balance.requires_grad:
+            self.unadded.append(balance)
+
     def room(self, call: Call, device: torch.device) -> int:
         """Return the bytes that merged experts may still take beside this call's cache."""
         if call.room is None:
@@ -134,6 +152,13 @@ class RoutingContext:
                 kept = sum(memory.nbytes for memory in self.task_memories)
                 call.room = limit - kept - (0 if cache is None else merged_bytes(cache))
         return call.room
+
+
+UNADDED = (
+    "This model was called in training without labels, or past its own forward, so its balance loss is not part of any "
+    "loss. With a Trainer (label smoothing, TRL) call `meo_hf.training.watch(trainer)`, which adds it; in a loop of "
+    "your own add `outputs.aux_loss`, if it is there; or set `balance_loss` to 0 in the config's `meo` block."
+)
 
 
 def _thread() -> int:
@@ -165,6 +190,8 @@ def open_call(
         call.mask = mask
     if getattr(owner, "loss_type", None) == "ForCausalLM":
         call.labels = find("labels")
+    elif outer is None and context.causal and _fits(context.labels, batched):
+        call.labels = context.labels
     _check_arguments(context, call, outer is None, find)
     if outer is not None:
         _inherit(call, outer)
@@ -176,6 +203,11 @@ def open_call(
     elif stack is not None and batched is not None:
         _open_stack(context, call, stack, find, batched, owner)
     context.current = call
+
+
+def _fits(labels: Any, batched: Any) -> bool:
+    """Whether labels are those of the tokens of a call."""
+    return isinstance(labels, Tensor) and isinstance(batched, Tensor) and labels.shape[:2] == batched.shape[:2]
 
 
 def _inherit(call: Call, outer: Call) -> None:
@@ -288,7 +320,11 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    close_call(module._meo_context, module, output)  # type: ignore[arg-type]
+    context: RoutingContext = module._meo_context  # type: ignore[assignment]
+    call = context.current
+    if call is not None and call.owner == id(module) and call.outer is None and call.balance and module.training:
+        context.hand_over(call.balance_loss(call.balance[0].device))
+    close_call(context, module, output)
 
 
 ROUTING_ARGUMENTS = {  # name -> annotation

@@ -47,7 +47,7 @@ def padded_on_the_left(case: Case) -> None:
 
 
 def constant_gate(patch: Patch) -> None:
-    def forward(self: MeoRouter, inputs: Tensor) -> tuple[Gates, Tensor]:
+    def forward(self: MeoRouter, inputs: Tensor, real: Tensor | None = None) -> tuple[Gates, Tensor]:
         index = torch.arange(self.top_k).expand(len(inputs), -1)
         return Gates(index, torch.full(index.shape, 1 / self.top_k)), torch.zeros(())
 
@@ -199,7 +199,7 @@ def answer_reads_beyond_its_prompt(patch: Patch) -> None:
 def gates_that_do_not_sum_to_one(patch: Patch) -> None:
     original = MeoRouter.forward
 
-    def forward(self: MeoRouter, inputs: Tensor) -> tuple[Gates, Tensor]:
+    def forward(self: MeoRouter, inputs: Tensor, real: Tensor | None = None) -> tuple[Gates, Tensor]:
         gates, balance = original(self, inputs)
         return Gates(gates.top_k_index, gates.top_k_weights * 0.9), balance
 
@@ -209,7 +209,7 @@ def gates_that_do_not_sum_to_one(patch: Patch) -> None:
 def weights_in_the_wrong_order(patch: Patch) -> None:
     original = MeoRouter.forward
 
-    def forward(self: MeoRouter, inputs: Tensor) -> tuple[Gates, Tensor]:
+    def forward(self: MeoRouter, inputs: Tensor, real: Tensor | None = None) -> tuple[Gates, Tensor]:
         gates, balance = original(self, inputs)
         return Gates(gates.top_k_index, gates.top_k_weights.flip(1)), balance
 
@@ -238,7 +238,7 @@ def adapter_left_out(patch: Patch) -> None:
 def noise_in_evaluation(patch: Patch) -> None:
     original = MeoRouter.forward
 
-    def forward(self: MeoRouter, inputs: Tensor) -> tuple[Gates, Tensor]:
+    def forward(self: MeoRouter, inputs: Tensor, real: Tensor | None = None) -> tuple[Gates, Tensor]:
         self.train()
         return original(self, inputs)
 

@@ -6,17 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meo_hf.training.smoothing import smoothed_loss
     from meo_hf.training.tasks import TaskCollator, mix
     from meo_hf.training.watching import watch
 
 _HOMES = {
     "TaskCollator": "meo_hf.training.tasks",
     "mix": "meo_hf.training.tasks",
-    "smoothed_loss": "meo_hf.training.smoothing",
     "watch": "meo_hf.training.watching",
 }
-__all__ = ["TaskCollator", "mix", "smoothed_loss", "watch"]
+__all__ = ["TaskCollator", "mix", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,7 @@ class Usage:
         owner = next((m for m in model.modules() if isinstance(getattr(m, "_meo_context", None), RoutingContext)), None)
         if owner is None:
             raise UsageError(f"{type(model).__name__} has no merged feed-forward: give a MEO model")
-        self._context: RoutingContext = owner._meo_context  # type: ignore[assignment]
+        self.context: RoutingContext = owner._meo_context  # type: ignore[assignment]
         self._gated = dict(_gated(owner))
         self._tallies: dict[str, Tally] = {}
         self._balance: Tensor | None = None
@@ -71,13 +71,13 @@ class Usage:
         for layer, (module, experts) in self._gated.items():
             self._tallies[layer] = Tally(experts, next(module.parameters()).device)
             module.tally = self._tallies[layer]  # type: ignore[assignment]
-        self._context.usage = self
+        self.context.usage = self
 
     def stop(self) -> None:
         """Stop counting."""
         for module, _ in self._gated.values():
             module.tally = None  # type: ignore[assignment]
-        self._context.usage = None
+        self.context.usage = None
 
     def add_balance(self, loss: Tensor) -> None:
         """Note a batch's balance loss."""

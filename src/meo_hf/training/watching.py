@@ -10,6 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils import logging
 
 from meo_hf.errors import UsageError
+from meo_hf.training.balance import add_balance
 from meo_hf.training.load_plot import plot_load
 from meo_hf.training.usage import Load, Usage
 
@@ -95,13 +96,17 @@ class _ShortScreen(TrainerCallback):
 def watch(trainer: Trainer) -> ExpertCallback:
     """Make a Trainer log what the experts of its model do, to all its trackers; returns the callback.
 
-    A function, because trackers only hear what a callback before them adds to the logs. Raises UsageError for a model
+    It also sees to it that the loss carries the balance loss where the Trainer takes the labels from the model: label
+    smoothing, a `compute_loss_func`, TRL. A function, because trackers only hear what a callback before them adds to
+    the logs. Raises UsageError for a model
     without merged feed-forwards.
     """
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, ExpertCallback) for callback in callbacks):
         raise UsageError("this Trainer is watched already")
-    callback = ExpertCallback(Usage(trainer.model))  # type: ignore[arg-type]
+    usage = Usage(trainer.model)  # type: ignore[arg-type]
+    callback = ExpertCallback(usage)
+    add_balance(trainer, usage.context)
     screens = [i for i, c in enumerate(callbacks) if isinstance(c, (ProgressCallback, PrinterCallback)) or _notebook(c)]
     callbacks.insert(min(screens, default=len(callbacks)), _ShortScreen())
     callbacks.insert(0, callback)

@@ -1,0 +1,100 @@
+"""The loss of a MEO model in training: the task's own, counted as the Trainer asks, and the balance loss once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .routing_meo import RoutingContext
+
+
+class LossMixin:
+    """What a MEO model does to the loss that its Transformers class computes.
+
+    With `num_items_in_batch` the Trainer adds up the losses of accumulated batches and processes, so each batch has
+    to contribute its share of the items. Many stock classes return a plain mean all the same, and mixtures of experts
+    their whole auxiliary loss: what was accumulated would count several times. Here they contribute their share.
+    """
+
+    config: Any
+    training: bool
+    _meo_context: RoutingContext
+
+    @property
+    def loss_function(self) -> Callable[..., Any]:
+        """The stock loss, which notes whether it was told the number of items."""
+        function, context = super().loss_function, self._meo_context  # type: ignore[misc]
+
+        @functools.wraps(function)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            loss = function(*args, **kwargs)
+            plain = getattr(self.config, "problem_type", None) in ("regression", "multi_label_classification")
+            if context.current is not None:
+                context.current.shared = kwargs.get("num_items_in_batch") is not None and not plain
+            return loss
+
+        return noted
+
+    @loss_function.setter
+    def loss_function(self, value: Callable[..., Any]) -> None:
+        self._loss_function = value
+
+    def _finish_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
+        """Make a loss this batch's share, and add the balance loss; without one, hand that over as `aux_loss`."""
+        context, named = self._meo_context, isinstance(outputs, ModelOutput)
+        call = context.current
+        loss = outputs.get("loss") if named else outputs[0]
+        if not isinstance(loss, Tensor) or loss.dim():  # labels may be missing, or only some of several
+            if self.training and call is not None:
+                self._hand_over_balance(outputs if named else None)
+            return outputs
+        items, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
+        share = self._label_count(labels) / items if items is not None and isinstance(labels, Tensor) else None
+        if share is not None and call is not None and not call.shared:
+            loss = loss * share
+        own = self._own_balance(outputs) if named else None  # already in the loss
+        if own is not None and share is not None and call is not None and call.shared:
+            loss = loss + own.to(loss.device) * (share - 1)
+        if not self.training or call is None or not call.balance:
+            if self.training and own is not None and context.usage is not None:
+                context.usage.add_balance(own)
+            return _with_loss(outputs, loss)
+        aux_loss = call.balance_loss(loss.device)
+        if context.usage is not None:
+            context.usage.add_balance(aux_loss)
+        loss = loss + (aux_loss if share is None else aux_loss * share)
+        if named:
+            outputs["aux_loss"] = aux_loss.detach() if share is None else (aux_loss * share).detach()
+        return _with_loss(outputs, loss)
+
+    def _hand_over_balance(self, outputs: Any) -> None:
+        call = self._meo_context.current
+        if call is not None and call.balance:
+            aux_loss = call.balance_loss(call.balance[0].device)
+            self._meo_context.hand_over(aux_loss)
+            if outputs is not None:
+                outputs["aux_loss"] = aux_loss
+        elif outputs is not None and (own := self._own_balance(outputs)) is not None:
+            self._meo_context.hand_over(own)
+
+    def _own_balance(self, outputs: Any) -> Tensor | None:
+        """Return what the stock class of a mixture of experts adds to its loss; it reports it unweighted."""
+        aux_loss = outputs.get("aux_loss")
+        config = self.config.get_text_config()
+        weight = getattr(self, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+        return weight * aux_loss if isinstance(aux_loss, Tensor) and weight else None
+
+    def _label_count(self, labels: Tensor) -> Tensor:
+        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder  # type: ignore[attr-defined]
+        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+
+def _with_loss(outputs: Any, loss: Tensor) -> Any:
+    if isinstance(outputs, ModelOutput):
+        outputs["loss"] = loss
+        return outputs
+    return (loss, *outputs[1:])
