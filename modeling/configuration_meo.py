@@ -31,7 +31,8 @@ class MeoSettings:
     `level` None means the family's default. `layers` lists the converted layers of each stack, None for all.
     In a mixture of experts `num_experts` and `top_k` are those of its own config, and not stored here; `pooling` says
     whether its router reads a group's mean state (`hidden`) or its tokens' gates are averaged (`probs`).
-    `default_task` is the task of a batch that carries no `task_ids`. In a decoder, `segment_length` counts the
+    `default_task` is the task of a batch that carries no `task_ids`. `task_descriptions` are the tokens of a text per
+    task: gates then read the text's embedding instead of the task's number. In a decoder, `segment_length` counts the
     tokens per segment, and `routing` says whether gates are frozen at the end of the prompt (`prompt`: the default
     of level `sequence` and `token`) or refreshed with each segment (`segment`). `merged_cache_bytes` bounds what
     merged experts take beside a KV cache; None means a quarter of the free memory. `source` holds id and commit of the
@@ -55,6 +56,7 @@ class MeoSettings:
     layers: list[int] | None = None
     tasks: list[str] = field(default_factory=lambda: ["default"])
     default_task: str | None = None
+    task_descriptions: list[list[int]] | None = None
     source: dict[str, str | None] | None = None
     weights: dict[str, Any] | None = None
     meo_hf_version: str | None = None
@@ -98,6 +100,7 @@ class MeoSettings:
             raise MeoConfigError(f"tasks is {self.tasks!r}; give at least one name, each once")
         if self.default_task is not None and self.default_task not in self.tasks:
             raise MeoConfigError(f"default_task {self.default_task!r} is not one of the tasks {self.tasks}")
+        self._validate_descriptions()
         if self.layers is not None and (
             not isinstance(self.layers, (list, tuple))
             or not self.layers
@@ -105,9 +108,22 @@ class MeoSettings:
         ):
             raise MeoConfigError(f"layers is {self.layers!r}; give indices >= 0, or null for all layers")
 
+    def _validate_descriptions(self) -> None:
+        texts = self.task_descriptions
+        if texts is None:
+            return
+        whole = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for text in texts for t in text)
+        if len(texts) != len(self.tasks) or not all(texts) or not whole:
+            raise MeoConfigError(
+                f"task_descriptions has {len(texts)} texts for {len(self.tasks)} tasks: give token ids for each task"
+            )
+        if self.level != "task":
+            raise MeoConfigError(f"task_descriptions has no effect at level {self.level!r}: leave it out")
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the block as plain JSON values; `pooling` and `weights` only where they say something."""
-        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("pooling", "weights")}
+        """Return the block as plain JSON values; some only where they say something."""
+        rare = ("pooling", "weights", "task_descriptions")
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in rare}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

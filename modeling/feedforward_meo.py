@@ -118,7 +118,7 @@ class MeoFeedForward(nn.Module):
 
         def router(features: int) -> MeoRouter:
             if self.level == "task":
-                features = len(settings.tasks)
+                features = context.description_size or len(settings.tasks)
             made = MeoRouter(features, settings.num_experts, settings.top_k, settings.router == "noisy_top_k")
             return made.to(device=self.experts.down_proj.device, dtype=self.experts.down_proj.dtype)
 
@@ -163,7 +163,8 @@ class MeoFeedForward(nn.Module):
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._has_own_weights():
             memory = self._task_memory
             closely = hidden_states.shape[:-1].numel() != call.rows  # steps look less
-            memory.refresh(self._own_parameters(), closely=closely)
+            described = () if call.embed is None else call.embed.parameters()
+            memory.refresh((*self._own_parameters(), *described), closely=closely)
         groups.share(self.tasks, memory, hidden_states.device)
 
     def _has_own_weights(self) -> bool:
@@ -219,6 +220,9 @@ class MeoFeedForward(nn.Module):
         return {name: self._route(routers[name], inputs, call, groups) for name in self.sources[source]}
 
     def _route(self, router: nn.Module, inputs: Tensor, call: Call, groups: Groups) -> Gates:
+        if call.embed is not None:  # gates read their tasks' descriptions
+            texts = self._context.settings.task_descriptions or []
+            inputs = call.descriptions(texts).to(inputs.device)[inputs]
         real = groups.real() if self.training else None
         gates, balance = router(inputs) if real is None else router(inputs, real)
         if self.training and self.balance_loss:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .cache_meo import decoder_cache, route_cache
 from .causal_meo import Reads, Stack
 from .configuration_meo import is_causal, meo_config_class, settings_of
+from .descriptions_meo import description_size
 from .errors_meo import MeoConfigError
 from .families_meo import family_of, has_row
 from .feedforward_meo import Absorbed, MeoFeedForward, merged_feed_forwards, replace_blocks
@@ -46,6 +47,8 @@ class MeoModelMixin(LossMixin):
         settings = settings_of(self.config)
         context = RoutingContext(settings)
         context.causal = is_causal(self.config)
+        if settings.task_descriptions is not None:
+            context.description_size = description_size(self, settings.task_descriptions)  # type: ignore[arg-type]
         family = family_of(self.config.model_type)
         replace = replace_moe if isinstance(family, MoeFamily) else replace_blocks
         replace(self, family, settings, context)  # type: ignore[arg-type]

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .arguments_meo import check_arguments, fixed_task
 from .cache_meo import decoder_cache, merged_bytes
 from .causal_meo import CausalCall, Stack, open_causal
-from .configuration_meo import ROUTINGS, MeoSettings
+from .configuration_meo import MeoSettings
+from .descriptions_meo import describe
 from .errors_meo import RoutingContextError, RoutingError
 from .groups_meo import Groups, TaskGroups, masked_mean
 from .memory_meo import free_bytes
@@ -47,6 +49,8 @@ class Call:
     routed: dict[str, Any] = field(default_factory=dict)
     room: int | None = None
     refused: str | None = None
+    embed: nn.Module | None = None
+    described: list[Tensor] = field(default_factory=list)
     shared: bool = False  # whether the loss was told the number of items
 
     def balance_loss(self, device: torch.device) -> Tensor:
@@ -65,6 +69,12 @@ class Call:
                 "rows: rows that were packed or unpadded cannot be told apart; pass padded rows and a 2-D mask"
             )
         return hidden_states.reshape(rows, -1, hidden_states.shape[-1])
+
+    def descriptions(self, texts: list[list[int]]) -> Tensor:
+        """Return what gates read of each task's description [tasks, D], embedded once per call."""
+        if not self.described and self.embed is not None:
+            self.described.append(describe(self.embed, texts))
+        return self.described[0]
 
     def groups(self, level: str, layer: int) -> Groups:
         """Return the groups that the merged feed-forward of a layer forms in this call."""
@@ -89,6 +99,7 @@ class RoutingContext:
         self.task: int | None = None
         self.warned = False
         self.plan: str | None = None
+        self.description_size: int | None = None
         self.usage: Any = None  # hears of balance losses, where somebody watches the training
         self.unadded: list[Tensor] | None = None  # takes balance losses that no loss carries, where somebody adds them
         self.labels: Any = None  # of the batch, where a trainer keeps them from the model
@@ -192,14 +203,16 @@ def open_call(
         call.labels = find("labels")
     elif outer is None and context.causal and _fits(context.labels, batched):
         call.labels = context.labels
-    _check_arguments(context, call, outer is None, find)
+    check_arguments(context, call, outer is None, find)
     if outer is not None:
         _inherit(call, outer)
+    elif context.description_size is not None:
+        call.embed = owner.get_input_embeddings()  # type: ignore[operator]
     if call.mask is None and not (outer is not None and call.rows == outer.rows):  # else the model itself made it
         call.mask = mask
     stack: Stack | None = getattr(owner, "_meo_stack", None)
     if stack is not None and context.settings.level == "task":
-        call.task = _fixed_task(context, call)
+        call.task = fixed_task(context, call)
     elif stack is not None and batched is not None:
         _open_stack(context, call, stack, find, batched, owner)
     context.current = call
@@ -213,6 +226,7 @@ def _fits(labels: Any, batched: Any) -> bool:
 def _inherit(call: Call, outer: Call) -> None:
     """Take over from the enclosing call what a nested stack is not told."""
     call.balance = outer.balance
+    call.embed, call.described = outer.embed, outer.described
     call.routing = call.routing or outer.routing
     call.prompt_lengths = outer.prompt_lengths if call.prompt_lengths is None else call.prompt_lengths
     call.labels = outer.labels if call.labels is None else call.labels
@@ -341,49 +355,3 @@ def install_hooks(module: nn.Module, context: RoutingContext) -> None:
     module._meo_arguments = tuple(inspect.signature(module.forward).parameters)  # type: ignore[assignment]
     module.register_forward_pre_hook(_enter, with_kwargs=True)
     module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
-
-
-def _check_arguments(context: RoutingContext, call: Call, top: bool, find: Any) -> None:
-    level = context.settings.level
-    if call.task_ids is not None:
-        _check_task_ids(call.task_ids, call.rows, level, len(context.settings.tasks))
-    if call.routing is not None and call.routing not in ROUTINGS:
-        raise RoutingError(f"routing is {call.routing!r}; allowed: {', '.join(ROUTINGS)}")
-    idle = ("routing", "prompt_lengths") if level != "task" else ("routing", "prompt_lengths", "routing_mask")
-    if top and not context.reads_past:
-        for name in idle:
-            if find(name) is not None:
-                raise RoutingError(f"`{name}` has no effect in this model, of level {level!r}: leave it out")
-    prompt = call.prompt_lengths
-    if prompt is None:
-        return
-    if not isinstance(prompt, Tensor) or prompt.dtype not in (torch.int32, torch.int64) or prompt.dim() != 1:
-        found = f"{prompt.dtype} {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
-        raise RoutingError(f"`prompt_lengths` is {found}; give a whole-number tensor [batch]: real tokens per prompt")
-    if call.rows is not None and prompt.shape[0] != call.rows:
-        raise RoutingError(f"`prompt_lengths` has {prompt.shape[0]} entries for {call.rows} rows; give one per row")
-
-
-def _check_task_ids(task_ids: Any, rows: int | None, level: str | None, num_tasks: int) -> None:
-    if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int32, torch.int64) or task_ids.dim() != 1:
-        found = f"{task_ids.dtype} {tuple(task_ids.shape)}" if isinstance(task_ids, Tensor) else type(task_ids).__name__
-        raise RoutingError(f"`task_ids` is {found}; give a whole-number tensor [batch], one task index per row")
-    if rows is not None and task_ids.shape[0] != rows:
-        raise RoutingError(f"`task_ids` has {task_ids.shape[0]} entries for {rows} rows; give one per row")
-    if level != "task":
-        raise RoutingError(f"`task_ids` have no effect at level {level!r}: leave them out")
-    on_cpu = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
-    if on_cpu and not bool(((task_ids >= 0) & (task_ids < num_tasks)).all()):
-        raise RoutingError(f"`task_ids` are {task_ids.tolist()}, but the tasks are 0 to {num_tasks - 1}")
-
-
-def _fixed_task(context: RoutingContext, call: Call) -> int | None:
-    """Return the one task of a batch that carries no task ids."""
-    if call.task_ids is not None:
-        return None
-    if context.task is not None:
-        return context.task
-    tasks = len(context.settings.tasks)
-    if tasks == 1:
-        return 0
-    raise RoutingError(f"this model has {tasks} tasks: pass `task_ids` [batch], or call model.set_task(name) first")

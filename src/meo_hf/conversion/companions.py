@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
@@ -40,15 +41,21 @@ def write_companions(source: Source, folder: Path) -> list[str]:
 
 
 def _tokenizer(source: Source, folder: Path) -> list[str]:
-    if source.gguf_file is None and not any(next(source.folder.glob(p), None) for p in _TOKENIZER_FILES):
-        return []
     try:
-        options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-        # its own code is never run: without this, transformers would ask on the terminal
-        AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, **options).save_pretrained(folder)
+        if (tokenizer := load_tokenizer(source)) is not None:
+            tokenizer.save_pretrained(folder)
     except Exception as error:  # any tokenizer library may fail in its own way; the weights are still good
         return [f"tokenizer ({_reason(error, source)})"]
     return []
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load a source's tokenizer, None if it has none."""
+    if source.gguf_file is None and not any(next(source.folder.glob(p), None) for p in _TOKENIZER_FILES):
+        return None
+    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    # its own code is never run: without this, transformers would ask on the terminal
+    return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, **options)
 
 
 def _processor(source: Source, folder: Path) -> list[str]:

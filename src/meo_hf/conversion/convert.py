@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +45,7 @@ def convert(
     expert_init: str = "copy",
     layers: str = "all",
     gate_scope: str = "ffn",
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | Mapping[str, str] = (),
     experts: Sequence[str | os.PathLike[str]] = (),
     reference: bool = False,
     align: bool = False,
@@ -73,7 +73,8 @@ def convert(
     one expert (8 copies of the source's own feed-forwards if none are given). `level` defaults to `sequence`, for
     decoder-only models to `segment`; there `segment_length` is the number of tokens per segment (256 if not given)
     and `routing` freezes the gates at the end of the prompt (`prompt`, the default of level `sequence`) or refreshes
-    them with each segment (`segment`).
+    them with each segment (`segment`). `tasks` are the names of level `task`, or a mapping from names to descriptions:
+    then gates read the descriptions, embedded by the model's own embeddings, instead of one number per task.
 
     A mixture of experts keeps its own experts, router and weight files: they are hard-linked where that is possible,
     copied with `copy`, or left at the source with `reference` (a Hub repository at its commit, or a folder); `align`
@@ -104,6 +105,7 @@ def convert(
         expert_init=expert_init,
         layers=layers,
         tasks=tuple(tasks),
+        descriptions=tuple(tasks.values()) if isinstance(tasks, Mapping) else (),
         dtype=_dtype(dtype),
         seed=seed,
     )
@@ -177,8 +179,9 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
         return report
     kept = dict(report.options)
     read = SourceOptions(report.source["commit"], token, kept["trust_remote_code"], kept["allow_pickle"])
+    lists = {name: tuple(kept.get(name, ())) for name in ("tasks", "descriptions")}
     options = Options(
-        **{k: kept[k] for k in asdict(Options())} | {"dtype": _dtype(kept["dtype"]), "tasks": tuple(kept["tasks"])}
+        **{k: kept[k] for k in asdict(Options()) if k not in lists} | {"dtype": _dtype(kept["dtype"])} | lists
     )
     placement = Placement(**{k: kept[k] for k in asdict(Placement())})
     names = [report.source["id"], *(expert["id"] for expert in report.experts)]
@@ -205,6 +208,7 @@ def _remembered(options: Options, placement: Placement, read: SourceOptions, max
         **asdict(options),
         **asdict(placement),
         "tasks": list(options.tasks),
+        "descriptions": list(options.descriptions),
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         **reading,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -23,6 +24,7 @@ from meo_hf.conversion.write import write_tensors
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 from meo_hf.modeling.blocks_meo import find_blocks
 from meo_hf.modeling.configuration_meo import MeoSettings, settings_of
+from meo_hf.modeling.descriptions_meo import describe
 from meo_hf.modeling.families_meo import family_of
 from meo_hf.modeling.merging_meo import merge_experts
 from meo_hf.modeling.modeling_meo import meo_model_class
@@ -31,11 +33,14 @@ from meo_hf.modeling.router_meo import MeoRouter
 
 @dataclass(frozen=True)
 class Merged:
-    """A dense tensor: an expert stack merged in float32 with one task's gates, a part of it, cast once."""
+    """A dense tensor: an expert stack merged in float32 with one task's gates, a part of it, cast once.
+
+    `read` [1] or [1, D] is what the gates read of the task.
+    """
 
     stack: TensorRef
     router: TensorRef
-    task: int
+    read: Tensor
     top_k: int
     rows: tuple[int, int] | None
     transposed: bool
@@ -46,7 +51,7 @@ class Merged:
         router = MeoRouter(weight.shape[1], weight.shape[0], self.top_k, noisy=False)
         router.weight.data = weight
         with torch.no_grad():
-            gates, _ = router.eval()(torch.tensor([self.task]))
+            gates, _ = router.eval()(self.read)
             merged = merge_experts(self.stack.load(), *gates)[0]
         merged = merged[slice(*self.rows)] if self.rows else merged
         merged = merged.t() if self.transposed and merged.dim() == 2 else merged
@@ -80,7 +85,8 @@ def extract(
     meo_class = _model_class(config)
     dense_config = _dense_config(config)
     dense_class = getattr(transformers, meo_class.__name__.removeprefix("Meo"))
-    targets = _targets(meta_model(meo_class, config), meta_model(dense_class, dense_config), tensors, settings, index)
+    meo, dense = meta_model(meo_class, config), meta_model(dense_class, dense_config)
+    targets = _targets(meo, dense, tensors, settings, _read_of_task(meo, tensors, settings, index))
     check_space(output, sum(spec.nbytes for spec, _ in targets.values()))
     with written_beside(output, overwrite) as partial:
         write_tensors(targets, partial, max_shard_size)
@@ -125,8 +131,20 @@ def _task_index(settings: MeoSettings, task: str | None) -> int:
     return settings.tasks.index(task)
 
 
+def _read_of_task(meo: PreTrainedModel, tensors: dict[str, TensorRef], settings: MeoSettings, task: int) -> Tensor:
+    """Return what the gates read of a task: its number [1], or its embedded description [1, D]."""
+    if settings.task_descriptions is None:
+        return torch.tensor([task])
+    live = {name: tensors[disk] for disk, name in live_names(meo, tensors).items()}
+    weight = meo.get_input_embeddings().weight
+    tied = [name for name, parameter in meo.named_parameters(remove_duplicate=False) if parameter is weight]
+    stored = next(live[name] for name in tied if name in live)
+    embed = nn.Embedding.from_pretrained(stored.load())
+    return describe(embed, [settings.task_descriptions[task]])
+
+
 def _targets(
-    meo: PreTrainedModel, dense: PreTrainedModel, tensors: dict[str, TensorRef], settings: MeoSettings, task: int
+    meo: PreTrainedModel, dense: PreTrainedModel, tensors: dict[str, TensorRef], settings: MeoSettings, read: Tensor
 ) -> dict[str, tuple[TensorSpec, Recipe]]:
     live = {name: tensors[disk] for disk, name in live_names(meo, tensors).items()}
     recipes: dict[str, tuple[TensorRef, Recipe]] = {}
@@ -148,7 +166,7 @@ def _targets(
                     stack = live[f"{block.slot}.experts.{target}{suffix}"]
                     router = live[f"{block.slot}.{_router_name(settings, path, target, len(paths), block.up)}.weight"]
                     rows = (start, start + width) if len(paths) > 1 else None
-                    recipe: Recipe = Merged(stack, router, task, settings.top_k, rows, transposed)
+                    recipe: Recipe = Merged(stack, router, read, settings.top_k, rows, transposed)
                     recipes[f"{block.path}.{path}.{leaf}"] = (stack, recipe)
                 start += width
     for name, ref in live.items():

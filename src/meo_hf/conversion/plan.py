@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from meo_hf.conversion.births import BIRTHS, ROUTER_STD, Copied, Drawn, Recipe, Stacked
+from meo_hf.conversion.companions import load_tokenizer
 from meo_hf.conversion.names import disk_names, live_names
 from meo_hf.conversion.safetensors_files import CHUNK, CODES, DTYPES, TensorRef, TensorSpec
 from meo_hf.conversion.source import Source, meta_model
@@ -46,6 +47,7 @@ class Options:
     expert_init: str = "copy"
     layers: str = "all"
     tasks: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     seed: int = 0
 
@@ -180,11 +182,24 @@ def _meo_config(
         "source": {"id": source.public_name, "commit": source.commit},
         "meo_hf_version": __version__,
     }
+    if options.descriptions:
+        block["task_descriptions"] = description_tokens(source, options.tasks, options.descriptions)
     block |= {n: value for n in ("segment_length", "routing") if (value := getattr(options, n)) is not None}
     config = meo_config_class(type(source.config)).from_dict({**values, "meo": block})
     config.architectures = [f"Meo{source.model_class().__name__}"]
     config.dtype = options.dtype or source.dtype
     return config
+
+
+def description_tokens(source: Source, tasks: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each task's description; raises UsageError if one has none."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise UsageError(f"{source.name} has no tokenizer to read task descriptions with: give task names alone")
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if empty := [task for task, found in zip(tasks, tokens, strict=True) if not found]:
+        raise UsageError(f"the description of task {empty[0]!r} is empty: describe every task, or none")
+    return tokens
 
 
 def check_decoder_options(source: Source, options: Options, level: str) -> None:
