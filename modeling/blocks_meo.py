@@ -61,7 +61,7 @@ class Block:
 
 def _weight_shape(linear: nn.Linear) -> tuple[int, int]:
     """Shape [out, in] of a projection; GPT-2's Conv1D stores [in, out]."""
-    rows, columns = linear.weight.shape
+    rows, columns = getattr(linear.weight, "ds_shape", linear.weight.shape)  # DeepSpeed's ZeRO-3 has emptied the weight
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 

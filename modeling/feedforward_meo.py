@@ -94,6 +94,8 @@ class TokenAdapter(nn.Module):
 class MeoFeedForward(nn.Module):
     """One feed-forward whose weights are merged from experts for each group of tokens (arXiv 2310.09832)."""
 
+    _z3_leaf = True  # tells DeepSpeed's ZeRO-3 to gather all of it at once: the experts return functions, not tensors
+
     def __init__(self, block: Block, settings: MeoSettings, context: RoutingContext) -> None:
         super().__init__()
         hidden, intermediate = block.features

@@ -33,10 +33,11 @@ from .moe_meo import merged_moe
 from .parallel_meo import check_gates, check_parallel, plan_experts
 from .planning_meo import PlannedModel, check_plan, plan_model
 from .reference_meo import break_links, load_options, own_options, source_of
+from .restoring_meo import RestoringMixin
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
 
 
-class MeoModelMixin(LossMixin):
+class MeoModelMixin(LossMixin, RestoringMixin):
     """What a MEO model adds to its Transformers class."""
 
     config: Any

@@ -32,7 +32,8 @@ from .routing_meo import RoutingContext
 
 def _stacks(module: Any) -> bool:
     stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
-    return sum(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks) == 2
+    shapes = [getattr(p, "ds_shape", p.shape) for p in stacks if isinstance(p, nn.Parameter)]  # ZeRO-3 empties them
+    return sum(len(shape) == 3 for shape in shapes) == 2
 
 
 def _merge_stacked(module: Any, merge: Callable[..., None]) -> None:

@@ -13,7 +13,8 @@ MODELING = sorted((ROOT / "modeling").glob("*.py"))
 PACKAGE = sorted((ROOT / "src").rglob("*.py"))
 MAY_SEE = {
     "conversion": {"conversion", "modeling", "errors", "version"},
-    "benchmark": {"benchmark", "conversion", "modeling", "errors", "version"},
+    "benchmark": {"benchmark", "conversion", "modeling", "errors", "texts", "version"},
+    "training": {"training", "conversion", "modeling", "errors", "texts", "version"},
 }
 
 

@@ -22,7 +22,7 @@ from transformers import BertModel, DogeConfig
 from meo_hf import __version__, cli, convert, inspect
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "bench")
+COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "recover", "bench")
 BENCHES = ("layer", "prefill", "decode", "train-step", "convert", "calibrate")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from checkpoints import expected_file, listing, saved, sha256
 from client import Client
@@ -34,6 +35,26 @@ from transformers import AutoModelForMaskedLM
 import meo_hf
 model = AutoModelForMaskedLM.from_pretrained(folder)
 model.push_to_hub(repo, private=True)
+"""
+TRAIN = """
+import torch
+from training_rows import labelled_rows, word_tokenizer
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+import meo_hf
+from meo_hf.training import watch
+model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+arguments = TrainingArguments(
+    output, max_steps=2, save_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[],
+    push_to_hub=True, hub_model_id=repo,
+)
+tokenizer = word_tokenizer()
+collator = DataCollatorWithPadding(tokenizer)
+trainer = Trainer(model, arguments, train_dataset=labelled_rows(16), data_collator=collator, processing_class=tokenizer)
+watch(trainer)
+trainer.train()
+trainer.push_to_hub()
+ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+result = model.eval()(ids).logits.tolist()
 """
 QUICK = ("--num-experts", "3", "--verify", "none")
 
@@ -179,8 +200,23 @@ def read_main(repo: str, batch: str) -> float:
     return relative_rms(actual, expected)
 
 
+def classify(repo: str) -> list[list[float]]:
+    """Load a classifier from the Hub by its own code, and its tokenizer."""
+    transformers.AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(repo, trust_remote_code=True).eval()
+    return model(torch.tensor([[5, 6, 7], [8, 9, 10]])).logits.tolist()
+
+
 @pytest.fixture(scope="module")
-def outcomes(hub: HubServer, client: Client, pushed: Path, source: Path, folder: Path) -> Values:
+def trained(client: Client, pushed: Path, folder: Path) -> list[list[float]]:
+    """Let the Trainer push a classifier; returns what it says."""
+    return client.python(TRAIN, folder=pushed, output=folder / "trained", repo="tester/trained")
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    hub: HubServer, client: Client, pushed: Path, source: Path, folder: Path, trained: list[list[float]]
+) -> Values:
     """Load all that was pushed in one clean process; the model that it pushes itself is loaded from the Hub too."""
     client.python(PUSH_MODEL, folder=pushed, repo="tester/installed")
     batch = expected_file(folder / "batch.safetensors", main_class("bert").from_pretrained(source), "bert")
@@ -189,6 +225,7 @@ def outcomes(hub: HubServer, client: Client, pushed: Path, source: Path, folder:
     fresh.add("push", push_again, folder=pushed, repo="tester/remote")
     fresh.add("installed", read_main, repo="tester/installed", batch=batch)
     fresh.add("remote", read_main, repo="tester/remote", batch=batch)
+    fresh.add("trained", classify, repo="tester/trained")
     fresh.add("empty main", read_main, repo="tester/x", batch=batch)
     return fresh.run(folder, hub.environment())
 
@@ -215,6 +252,18 @@ def test_push_to_hub_of_a_model_carries_the_code(outcomes: Values, hub: HubServe
     weights = load_file(pushed / "model.safetensors")
     hub_weights = hub.blob(hub.repositories[f"tester/{who}"].find("main").files["model.safetensors"].blob)
     assert load_file(hub_weights).keys() == weights.keys()
+
+
+def test_the_trainer_pushes_what_loads_anywhere(
+    outcomes: Values, hub: HubServer, trained: list[list[float]], pushed: Path
+) -> None:
+    torch.testing.assert_close(torch.tensor(outcomes["trained"]), torch.tensor(trained), rtol=0, atol=1e-5)
+    files = hub.files("tester/trained")
+    assert {f.name for f in code_files()} | {"expert_load.png", "README.md"} <= files.keys()
+    stored = hub.blob(hub.repositories["tester/trained"].find("main").files["model.safetensors"].blob)
+    before, after = load_file(pushed / "model.safetensors"), load_file(stored)
+    moved = [name for name in after if "experts" in name and not torch.equal(after[name], before[name])]
+    assert moved
 
 
 def test_private_source_needs_a_token(hub: HubServer, client: Client, source: Path, folder: Path) -> None:

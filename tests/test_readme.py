@@ -22,12 +22,15 @@ def test_python_blocks(tmp_path: Path) -> None:
     minilm()
     (tmp_path / "models").symlink_to(ASSETS)  # what the first block would download
     script = tmp_path / "blocks.py"
-    further = _blocks("python", (ROOT / "docs" / "speed.md").read_text("utf-8"))  # goes on with the README's models
+    docs = [(ROOT / "docs" / name).read_text("utf-8") for name in ("speed.md", "training.md")]
+    further = [block for text in docs for block in _blocks("python", text)]  # which go on with the README's models
     script.write_text("\n".join([*_blocks("python"), *further]))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "torch.Size([2, 13, 384])" in done.stdout
-    assert (tmp_path / "minilm-search" / "config.json").is_file()
+    for extracted in ("minilm-search", "two-mood"):
+        assert (tmp_path / extracted / "config.json").is_file()
+    assert (tmp_path / "tuned" / "expert_load.png").is_file()
 
 
 def test_ci_runs_the_test_command() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import meo_of, tiny_dense
 from torch import Tensor
-from training_rows import classifier, decoder, labelled_rows, sentence, text_rows, word_tokenizer
+from training_rows import classifier, decoder, labelled_rows, mixture, sentence, text_rows, word_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
@@ -28,7 +28,8 @@ from transformers.utils import logging
 
 from meo_hf.training import watch
 
-MAKERS: dict[str, Callable[..., PreTrainedModel]] = {"classifier": classifier, "decoder": decoder}
+MAKERS: dict[str, Callable[..., PreTrainedModel]] = {"classifier": classifier, "decoder": decoder, "mixture": mixture}
+KINDS = ("classifier", "decoder")
 
 
 def arguments(folder: Path, kind: type[TrainingArguments] = TrainingArguments, **options: Any) -> Any:
@@ -60,7 +61,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_changes_every_part_and_lowers_the_loss(kind: str, tmp_path: Path) -> None:
     model = MAKERS[kind]()
     before = weights(model)
@@ -72,8 +73,10 @@ def test_training_changes_every_part_and_lowers_the_loss(kind: str, tmp_path: Pa
     assert not [name for name in still if "expert" in name or "router" in name], still
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [(kind, mode) for kind in ("classifier", "decoder") for mode in (None, False, True)] + [("mixture", None)],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, checkpointing: bool | None, tmp_path: Path) -> None:
     """Losses of the steps after it and all weights, with noisy gates and dropout, to the last bit."""
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -90,7 +93,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, checkpointing: boo
     assert_same(weights(resumed.model), weights(whole.model))
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_batches_equal_one_batch(kind: str, tmp_path: Path) -> None:
     """Rows of different lengths, so that `num_items_in_batch` matters; plain gates without a balance loss."""
     runs = {}
@@ -104,7 +107,7 @@ def test_accumulated_batches_equal_one_batch(kind: str, tmp_path: Path) -> None:
     assert_same(runs[2][1], runs[8][1], 1e-5)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_label_smoothing_keeps_the_balance_loss(kind: str, accumulation: int, tmp_path: Path) -> None:
     """Alike experts compute what the dense model does, so the difference of their losses is the balance loss."""
@@ -186,7 +189,7 @@ def test_metrics_predictions_and_evaluation(tmp_path: Path) -> None:
     ],
     ids=lambda options: next(iter(options)),
 )
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_options_train(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = MAKERS[kind]()
     before = weights(model)
@@ -217,6 +220,35 @@ def test_bf16_stays_close(tmp_path: Path) -> None:
         trainer.train()
     assert losses(half)[0] == pytest.approx(losses(plain)[0], rel=2e-2)
     assert losses(half) != losses(plain)
+
+
+def test_a_mixture_s_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """Though its files name tensors otherwise than the live model does."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = trainer_of(mixture(), tmp_path, eval_dataset=text_rows(8, 3), **options)
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated.index(max(evaluated)) < 3  # not the last: the worst serves as the best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(evaluated), abs=1e-6)
+
+
+def test_part_of_an_expert_stack_is_not_taken_for_the_whole() -> None:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = mixture()
+    stored = revert_weight_conversion(model, model.state_dict())
+    assert set(stored) - set(model.state_dict())
+    other = mixture(seed=5)
+    other.load_state_dict(stored)
+    assert_same(weights(other), weights(model))
+    lost = next(name for name in stored if "experts.4" in name)
+    with pytest.raises(RuntimeError):
+        mixture(seed=5).load_state_dict({name: value for name, value in stored.items() if name != lost}, strict=False)
+    few = {name: value for name, value in stored.items() if "experts" not in name}
+    missing = mixture(seed=5).load_state_dict(few, strict=False).missing_keys
+    assert missing
+    assert all("experts" in name for name in missing)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from moe_contracts import meo_of_moe
+from moe_tiny import tiny_moe
 from tiny import meo_of, spread, tiny_config, tiny_dense
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
@@ -47,6 +49,12 @@ def classifier(seed: int = 0, **meo: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     dense = spread(BertForSequenceClassification(tiny_config("bert", num_labels=3)), seed)
     return meo_of(dense, **{"level": "sequence", "top_k": 2, **meo})
+
+
+def mixture(seed: int = 0, **meo: Any) -> PreTrainedModel:
+    """Return a converted mixture of experts whose files hold one tensor per expert."""
+    torch.manual_seed(seed)
+    return meo_of_moe(tiny_moe("mixtral", seed), segment_length=4)
 
 
 def decoder(seed: int = 0, **meo: Any) -> PreTrainedModel:

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from meo_hf.conversion.extraction import extract
     from meo_hf.conversion.inspection import inspect
     from meo_hf.conversion.report import ConversionReport
+    from meo_hf.training.recover import recover
 
 _HOMES = {
     "ConversionReport": "meo_hf.conversion.report",
     "convert": "meo_hf.conversion.convert",
     "extract": "meo_hf.conversion.extraction",
     "inspect": "meo_hf.conversion.inspection",
+    "recover": "meo_hf.training.recover",
     "verify_output": "meo_hf.conversion.convert",
 }
-__all__ = ["ConversionReport", "__version__", "convert", "extract", "inspect", "verify_output"]
+__all__ = ["ConversionReport", "__version__", "convert", "extract", "inspect", "recover", "verify_output"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ from rich.markup import escape
 
 from meo_hf.cli_bench import bench
 from meo_hf.cli_compare import compare_command
+from meo_hf.cli_recover import recover_command
+from meo_hf.cli_tasks import task_names
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
@@ -152,7 +154,8 @@ def convert_command(
     layers: Annotated[str, typer.Option(help="Layers to convert: all, even, odd, last:N or i,j,...")] = "all",
     gate_scope: Annotated[GateScope, typer.Option(help="One gate per feed-forward or per linear map.")] = GateScope.ffn,
     task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Name of a task (level task); repeat for more.")
+        list[str] | None,
+        typer.Option(metavar="NAME[=TEXT]", help="Task of level task, with a description or not; repeat for more."),
     ] = None,
     expert: Annotated[
         list[str] | None,
@@ -198,7 +201,7 @@ def convert_command(
             expert_init=expert_init.value,
             layers=layers,
             gate_scope=gate_scope.value,
-            tasks=task or (),
+            tasks=task_names(task or []),
             experts=expert or (),
             seed=seed,
             dtype=_value(dtype),
@@ -318,6 +321,7 @@ def demo_command(
 
 
 app.command("compare")(compare_command)
+app.command("recover")(recover_command)
 
 
 def _value(choice: Enum | None) -> Any:

@@ -21,7 +21,6 @@ from meo_hf.benchmark.compare_quality import (
     tallied_gates,
 )
 from meo_hf.benchmark.compare_speed import Speed, flops_per_token, peak_bytes, time_beside
-from meo_hf.benchmark.compare_text import cut_windows, load_tokenizer, read_text
 from meo_hf.benchmark.compare_variants import (
     CompareSettings,
     Subject,
@@ -38,6 +37,7 @@ from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.moe_families_meo import MoeFamily
 from meo_hf.modeling.moe_meo import merged_moe
 from meo_hf.modeling.moe_settings_meo import top_k_of
+from meo_hf.texts import cut_windows, load_tokenizer, read_text
 
 Advance = Callable[[str, int, int], None]
 """Called before each step of a run with what it does, its number from 0 on, and how many there are."""

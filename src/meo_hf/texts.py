@@ -1,4 +1,4 @@
-"""The text that all variants of a comparison read, cut into windows."""
+"""Text as models read it: files, tokenizers, and windows of as many tokens each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 from meo_hf.errors import SourceError, UsageError
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, option: str = "--text") -> str:
     """Read a UTF-8 file; raises UsageError where that cannot be done."""
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path} is no UTF-8 text (byte {error.start}): convert it") from None
+        raise UsageError(f"{option} {path} is no UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:
-        raise UsageError(f"--text {path} cannot be read ({error.strerror}): give a text file") from None
+        raise UsageError(f"{option} {path} cannot be read ({error.strerror}): give a text file") from None
 
 
 def load_tokenizer(folder: str | Path, name: str, **options: Any) -> Any:
@@ -33,18 +33,31 @@ def load_tokenizer(folder: str | Path, name: str, **options: Any) -> Any:
     return tokenizer
 
 
+def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before and behind a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    at = next(starts, None)
+    return ([], []) if at is None else (whole[:at], whole[at + len(bare) :])
+
+
 def cut_windows(tokenizer: Any, text: str, window: int, limit: int) -> Tensor:
     """Return the first windows [N, window] of a text, one after the other without overlap.
 
     Where the tokenizer begins texts with a special token, every window does. Raises UsageError for a text that does
     not fill one.
     """
-    begin = tokenizer.bos_token_id
-    lead = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    size = window - len(lead)
-    count = min(len(tokens) // size, limit)
-    if not count:
+    rows = blocks(tokens, frame_of(tokenizer)[0], [], window)[:limit]
+    if not len(rows):
         raise UsageError(f"--text holds {len(tokens)} tokens, too few for a window of {window}: give more, or --window")
+    return rows
+
+
+def blocks(tokens: Tensor, lead: list[int], tail: list[int], window: int) -> Tensor:
+    """Cut tokens [T] into windows [N, window], each between the same first and last tokens; a rest is left out."""
+    size = window - len(lead) - len(tail)
+    count = len(tokens) // size
     rows = tokens[: count * size].reshape(count, size)
-    return torch.cat([torch.tensor(lead, dtype=torch.long).expand(count, -1), rows], 1)
+    before, behind = (torch.tensor(end, dtype=tokens.dtype).expand(count, -1) for end in (lead, tail))
+    return torch.cat([before, rows, behind], 1)
