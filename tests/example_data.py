@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from tiny import spread, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
@@ -112,6 +113,12 @@ def script(name: str) -> ModuleType:
 def run(name: str, *arguments: object) -> None:
     """Run an example in this process."""
     script(name).main([str(argument) for argument in arguments])
+
+
+def generated(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
+    """Return tokens as the Trainer hands them over: after a start token, and filled up."""
+    tokens = tokenizer(texts, padding=True, return_tensors="np")["input_ids"]
+    return np.pad(tokens, ((0, 0), (1, 2)), constant_values=((0, 0), (0, -100)))
 
 
 # What users get wrong: the example, options with {d} for the folder of the data, and what the message says.
