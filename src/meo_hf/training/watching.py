@@ -98,8 +98,7 @@ def watch(trainer: Trainer) -> ExpertCallback:
 
     It also sees to it that the loss carries the balance loss where the Trainer takes the labels from the model: label
     smoothing, a `compute_loss_func`, TRL. A function, because trackers only hear what a callback before them adds to
-    the logs. Raises UsageError for a model
-    without merged feed-forwards.
+    the logs. Raises UsageError for a model without merged feed-forwards.
     """
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, ExpertCallback) for callback in callbacks):
