@@ -14,13 +14,15 @@ from .errors_meo import MeoConfigError
 
 
 @torch.no_grad()
-def describe(embed: nn.Module, descriptions: Sequence[Sequence[int]]) -> Tensor:
+def describe(embed: nn.Module, descriptions: Sequence[Sequence[int]], device: torch.device | None = None) -> Tensor:
     """Return what gates read of each task [tasks, D]: the mean embedding of its description's tokens, normalised.
 
-    Embeddings get no gradient from it: a description is given, not learned.
+    Embeddings get no gradient from it: a description is given, not learned. `device` is where tokens go if the
+    embeddings are elsewhere until they are asked.
     """
     weight: Any = embed.weight
-    texts = [torch.tensor(tokens, device=weight.device) for tokens in descriptions]
+    device = weight.device if device is None or weight.device.type != "meta" else device
+    texts = [torch.tensor(tokens, device=device) for tokens in descriptions]
     means = torch.stack([embed(text).float().mean(0) for text in texts])
     return F.layer_norm(means, means.shape[-1:], eps=1e-12)
 

@@ -224,7 +224,7 @@ class MeoFeedForward(nn.Module):
     def _route(self, router: nn.Module, inputs: Tensor, call: Call, groups: Groups) -> Gates:
         if call.embed is not None:  # gates read their tasks' descriptions
             texts = self._context.settings.task_descriptions or []
-            inputs = call.descriptions(texts).to(inputs.device)[inputs]
+            inputs = call.descriptions(texts, inputs.device)[inputs]
         real = groups.real() if self.training else None
         gates, balance = router(inputs) if real is None else router(inputs, real)
         if self.training and self.balance_loss:

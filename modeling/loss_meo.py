@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .routing_meo import RoutingContext
@@ -76,21 +77,32 @@ class LossMixin:
         if call is not None and call.balance:
             aux_loss = call.balance_loss(call.balance[0].device)
             self._meo_context.hand_over(aux_loss)
-            if outputs is not None:
-                outputs["aux_loss"] = aux_loss
+            if outputs is not None:  # whoever was handed it will add it
+                outputs["aux_loss"] = aux_loss if self._meo_context.unadded is None else aux_loss.detach()
         elif outputs is not None and (own := self._own_balance(outputs)) is not None:
             self._meo_context.hand_over(own)
 
     def _own_balance(self, outputs: Any) -> Tensor | None:
         """Return what the stock class of a mixture of experts adds to its loss; it reports it unweighted."""
-        aux_loss = outputs.get("aux_loss")
-        config = self.config.get_text_config()
-        weight = getattr(self, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+        aux_loss, weight = outputs.get("aux_loss"), own_balance_weight(self)
         return weight * aux_loss if isinstance(aux_loss, Tensor) and weight else None
 
     def _label_count(self, labels: Tensor) -> Tensor:
-        shifted = self.loss_type == "ForCausalLM" and not self.config.is_encoder_decoder  # type: ignore[attr-defined]
-        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+        return count_labels(self, labels)
+
+
+def own_balance_weight(model: Any) -> float | None:
+    """Return the coefficient of a mixture of experts' own balance loss, None if it has none."""
+    owners, names = (model, model.config.get_text_config()), ("router_aux_loss_coef", "aux_loss_coef")
+    found = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((weight for weight in found if weight is not None), None)
+
+
+def count_labels(model: Any, labels: Tensor) -> Tensor:
+    """Count the labels that are predicted, as the Trainer does: a causal model predicts none at the first position."""
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
+    shifts = shifts and not getattr(model.config, "is_encoder_decoder", False)
+    return (labels[..., 1:] if shifts else labels).ne(-100).sum()
 
 
 def _with_loss(outputs: Any, loss: Tensor) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import logging
 
 
 class RestoringMixin:
@@ -18,7 +20,6 @@ class RestoringMixin:
     """
 
     config: Any
-    dtype: Any
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as PyTorch does, and what is named as in the model's files under its live name.
@@ -26,21 +27,34 @@ class RestoringMixin:
         Raises RuntimeError if only parts of a tensor are there, as in one file of several.
         """
         own = self.state_dict()  # type: ignore[attr-defined]
-        if any(name not in own for name in state_dict) and self._has_other_names_on_disk():
-            state_dict = self._under_live_names(dict(state_dict))
+        foreign = {name: tensor for name, tensor in state_dict.items() if name not in own}
+        if foreign and get_model_conversion_mapping(self):  # type: ignore[arg-type]
+            live = {name: tensor for name, tensor in state_dict.items() if name in own}
+            state_dict = live | self._under_live_names(foreign)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
 
-    def _has_other_names_on_disk(self) -> bool:
-        names = (type(self).__name__, self.config.model_type)
-        return any(get_checkpoint_conversion_mapping(name) for name in names)
-
-    def _under_live_names(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors converted as on loading, those that the dictionary does not hold left out."""
+    def _under_live_names(self, foreign: dict[str, Any]) -> dict[str, Any]:
+        """Return tensors converted as on loading; names that mean nothing to the model stay as they are."""
         config = copy.deepcopy(self.config)
         if config.meo and config.meo.get("weights"):
             config.meo = {k: v for k, v in config.meo.items() if k != "weights"}
-        made, info = type(self).from_pretrained(  # type: ignore[attr-defined]
-            None, config=config, state_dict=state_dict, dtype=self.dtype, output_loading_info=True
-        )
-        kept = {name: value for name, value in made.state_dict().items() if name not in info["missing_keys"]}
-        return kept | {name: state_dict[name] for name in info["unexpected_keys"] if name in state_dict}
+        floats = [p.dtype for p in self.parameters() if p.is_floating_point()]  # type: ignore[attr-defined]
+        with _unnoticed():
+            made, info = type(self).from_pretrained(  # type: ignore[attr-defined]
+                None, config=config, state_dict=foreign, output_loading_info=True,
+                dtype=max(floats, key=lambda dtype: dtype.itemsize),
+            )  # fmt: skip
+        kept = {name: tensor for name, tensor in made.state_dict().items() if name not in info["missing_keys"]}
+        return kept | {name: foreign[name] for name in info["unexpected_keys"] if name in foreign}
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Keep to itself what a model lacks that is made for a part of its weights alone: numbers drawn, and a report."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -70,11 +70,11 @@ class Call:
             )
         return hidden_states.reshape(rows, -1, hidden_states.shape[-1])
 
-    def descriptions(self, texts: list[list[int]]) -> Tensor:
+    def descriptions(self, texts: list[list[int]], device: torch.device) -> Tensor:
         """Return what gates read of each task's description [tasks, D], embedded once per call."""
         if not self.described and self.embed is not None:
-            self.described.append(describe(self.embed, texts))
-        return self.described[0]
+            self.described.append(describe(self.embed, texts, device))
+        return self.described[0].to(device)
 
     def groups(self, level: str, layer: int) -> Groups:
         """Return the groups that the merged feed-forward of a layer forms in this call."""
@@ -148,7 +148,8 @@ class RoutingContext:
         if self.usage is not None:
             self.usage.add_balance(balance)
         if self.unadded is None:
-            logger.warning_once(UNADDED)
+            if not torch.compiler.is_compiling():
+                logger.warning_once(UNADDED)
         elif balance.requires_grad:
             self.unadded.append(balance)
 
@@ -201,7 +202,7 @@ def open_call(
         call.mask = mask
     if getattr(owner, "loss_type", None) == "ForCausalLM":
         call.labels = find("labels")
-    elif outer is None and context.causal and _fits(context.labels, batched):
+    elif outer is None and context.causal and find("labels") is None and _fits(context.labels, batched):
         call.labels = context.labels
     check_arguments(context, call, outer is None, find)
     if outer is not None:

@@ -22,9 +22,9 @@ from meo_hf.benchmark.compare_quality import (
     tallied_gates,
 )
 from meo_hf.benchmark.compare_speed import Speed, flops_per_token, time_beside
-from meo_hf.texts import cut_windows
 from meo_hf.benchmark.compare_variants import Subject, averaged, weight_bytes, with_top_k
 from meo_hf.errors import CheckFailedError
+from meo_hf.texts import cut_windows
 
 FAMILIES = ("mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 CLOSE = 1e-5

@@ -89,6 +89,17 @@ def test_training_moves_the_routers_and_leaves_the_words_of_a_description_alone(
     assert not describe(model.get_input_embeddings(), [[5, 6]]).requires_grad
 
 
+def test_embeddings_that_are_offloaded_describe_too() -> None:
+    from accelerate import cpu_offload
+
+    model, inputs = described("llama"), tiny_inputs("llama")
+    tasks = torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        expected = model(**inputs, task_ids=tasks).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert_close(model(**inputs, task_ids=tasks).logits, expected)
+
+
 def test_without_normalising_the_scale_of_embeddings_would_matter() -> None:
     embed = torch.nn.Embedding(9, 8)
     features = describe(embed, [[1, 2, 3], [4]])

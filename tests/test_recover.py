@@ -469,6 +469,16 @@ def test_documents_of_files(tmp_path: Path) -> None:
     }
 
 
+def test_documents_are_not_cut_at_rare_separators(tmp_path: Path) -> None:
+    """Which Unicode takes for ends of lines, but JSON lines and CSV don't; nor is a byte order mark text."""
+    odd, long = "one\u2028two\x85three\x0cfour", "word " * 40_000
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": odd}, ensure_ascii=False).encode())
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + f'text,n\n"{odd}",1\n{long},2\n'.encode())
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + odd.encode())
+    found = {path.suffix: list(documents(path, "--data", "text")) for path in tmp_path.iterdir()}
+    assert found == {".jsonl": [odd], ".csv": [odd, long], ".txt": [odd]}
+
+
 def test_windows_of_documents(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text("w5 w6 w7" if name == "a" else "w8 w9 w20 w21", "utf-8")

@@ -42,6 +42,8 @@ def test_names_and_numbers_become_task_ids(tasks: list[Any]) -> None:
         (["d"], "task_ids", "unknown task 'd'; this model has: a, b, c"),
         ([3], "task_ids", "task 3 does not exist; this model has tasks 0 to 2"),
         ([-1], "task_ids", "task -1 does not exist"),
+        ([1.5], "task_ids", "task 1.5 does not exist"),
+        ([None], "task_ids", "task None does not exist"),
         (["a"], "kind", "no column 'kind'.*remove_unused_columns=False"),
     ],
 )
@@ -82,6 +84,12 @@ def test_temperature_repeats_small_data_sets() -> None:
 def test_senseless_mixes_are_refused(sets: dict[str, int], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mix({name: numbered(count, name) for name, count in sets.items()}, TASKS, **options)
+
+
+def test_data_sets_with_other_columns_are_refused() -> None:
+    other = numbered(3, "b").add_column("more", [1, 2, 3])
+    with pytest.raises(ValueError, match="columns differ: a has text; b has more, text"):
+        mix({"a": numbered(3, "a"), "b": other}, TASKS)
 
 
 def test_the_trainer_hands_each_row_s_task_to_the_gates(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from moe_contracts import meo_of_moe
 from moe_tiny import tiny_moe
 from test_trainer import arguments, trainer_of
-from tiny import recorded_gates
+from tiny import recorded_gates, tiny_dense
 from training_rows import classifier, decoder, sentence, text_rows, word_tokenizer
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
@@ -153,6 +153,45 @@ def test_mixtures_of_experts_are_watched_with_their_own_loss(family: str, tmp_pa
     count = batch["labels"][:, 1:].ne(-100).sum()
     whole, half = (model(**batch, num_items_in_batch=count * n).loss.item() for n in (1, 2))
     assert half == pytest.approx(whole / 2, rel=1e-5)  # the auxiliary loss too
+
+
+def test_the_mixture_with_its_own_name_for_the_coefficient_shares_too() -> None:
+    model = meo_of_moe(tiny_moe("jetmoe"), segment_length=4).train()
+    model.config.output_router_logits = True
+    model.aux_loss_coef = 0.3
+    ids = torch.randint(5, 99, (2, 8), generator=torch.Generator().manual_seed(0))
+    count = torch.tensor(14)
+    whole, half = (model(input_ids=ids, labels=ids, num_items_in_batch=count * n) for n in (1, 2))
+    assert whole.aux_loss > 0.1
+    assert half.loss.item() == pytest.approx(whole.loss.item() / 2, rel=1e-5)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(classifier(), tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun or accelerate launch"):
+        watch(trainer)
+
+
+def test_a_trainer_that_adds_aux_loss_itself_is_not_doubled(tmp_path: Path) -> None:
+    from meo_hf.training.distillation import DistillationTrainer, DistillationWeights
+
+    model, teacher = decoder(router="top_k", balance_loss=10.0), tiny_dense("llama")
+    batch = DataCollatorForLanguageModeling(word_tokenizer(), mlm=False)(list(text_rows(4)))
+    count = batch["labels"][:, 1:].ne(-100).sum()
+    trainer = DistillationTrainer(
+        model.train(), arguments(tmp_path), teacher=teacher, weights=DistillationWeights(), train_dataset=text_rows(4)
+    )
+    alone = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+    watch(trainer)
+    watched = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+    assert alone.item() > 10
+    assert watched.item() == pytest.approx(alone.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (alone, watched)]
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 class TestSFT:

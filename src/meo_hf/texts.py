@@ -15,7 +15,7 @@ from meo_hf.errors import SourceError, UsageError
 def read_text(path: str | Path, option: str = "--text") -> str:
     """Read a UTF-8 file; raises UsageError where that cannot be done."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise UsageError(f"{option} {path} is no UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:

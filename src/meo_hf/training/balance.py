@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from meo_hf.modeling.loss_meo import count_labels
 from meo_hf.modeling.routing_meo import RoutingContext
 
 
@@ -46,7 +47,13 @@ def _share(trainer: Trainer, labels: Any, items: Any) -> Any:
         return 1
     if items is None or not isinstance(labels, Tensor):
         return 1 / trainer.current_gradient_accumulation_steps
-    model: Any = trainer.model
-    shifted = getattr(model, "loss_type", None) == "ForCausalLM" and not model.config.is_encoder_decoder
-    share = (labels[..., 1:] if shifted else labels).ne(-100).sum() / items
-    return share * (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
+    share = count_labels(trainer.model, labels) / items
+    return share * (loss_scale(trainer) if trainer.args.average_tokens_across_devices else 1)
+
+
+def loss_scale(trainer: Trainer) -> int:
+    """Return how many processes have batches of their own: items are counted over them, and gradients are averaged.
+
+    Processes that share a model by tensor parallel share batches too.
+    """
+    return trainer.accelerator.num_processes // trainer.get_tp_size()

@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from meo_hf.errors import UsageError
+from meo_hf.modeling.loss_meo import own_balance_weight
+from meo_hf.training.balance import loss_scale
 from meo_hf.training.matching import check_depth, feed_forward_pairs, recorded, relative_errors
 
 IGNORED = -100
 WEIGHTS = "model.safetensors"
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 _CHUNK = 2**24
 """Logits that are compared at once, so that float32 copies stay small whatever the vocabulary."""
 
@@ -157,7 +158,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._count(parts, own)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
+            loss = loss * loss_scale(self)
         return (loss, outputs) if return_outputs else loss
 
     def _parts(
@@ -181,9 +182,8 @@ class DistillationTrainer(Trainer):
         aux_loss = outputs.get("aux_loss") if hasattr(outputs, "get") else None
         if not isinstance(aux_loss, Tensor) or not aux_loss.requires_grad:
             return None
-        owners = (self._student, self._student.config.get_text_config(decoder=True))
-        found = (getattr(owner, name, None) for owner in owners for name in _COEFFICIENTS)
-        return aux_loss * next((value for value in found if value is not None), 1.0)
+        weight = own_balance_weight(self._student)
+        return aux_loss if weight is None else aux_loss * weight
 
     def _count(self, parts: Mapping[str, Tensor], tokens: Tensor) -> None:
         for name, part in {**parts, "tokens": tokens}.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -128,11 +129,12 @@ def documents(path: str | Path, option: str, column: str) -> Iterator[str]:
 def _records(content: str, suffix: str, name: str) -> Iterator[Any]:
     try:
         if suffix == ".csv":
-            yield from csv.DictReader(content.splitlines(keepends=True))
+            csv.field_size_limit(len(content) + 1)  # a field may be a whole book
+            yield from csv.DictReader(io.StringIO(content, newline=""))
         elif content.lstrip().startswith("["):
             yield from json.loads(content)
         else:
-            yield from (json.loads(line) for line in content.splitlines() if line.strip())
+            yield from (json.loads(line) for line in content.split("\n") if line.strip())
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{name} cannot be read as {suffix[1:]} ({error}): repair it") from None
 

@@ -47,9 +47,9 @@ class TaskCollator:
             if task not in self.tasks:
                 raise UsageError(f"unknown task {task!r}; this model has: {', '.join(self.tasks)}")
             return self.tasks.index(task)
-        number = int(task)
+        number = -1 if task is None or int(task) != task else int(task)
         if not 0 <= number < len(self.tasks):
-            raise UsageError(f"task {number} does not exist; this model has tasks 0 to {len(self.tasks) - 1}")
+            raise UsageError(f"task {task!r} does not exist; this model has tasks 0 to {len(self.tasks) - 1}")
         return number
 
 
@@ -72,6 +72,10 @@ def mix(datasets: Mapping[str, Dataset], tasks: Sequence[str], *, temperature: f
         raise UsageError(
             f"temperature is {temperature} for {len(datasets)} data sets; give at least one, and 1 or more"
         )
+    columns = {name: sorted(set(rows.column_names) - {"task_ids"}) for name, rows in datasets.items()}
+    if len({tuple(names) for names in columns.values()}) > 1:
+        found = "; ".join(f"{name} has {', '.join(names)}" for name, names in columns.items())
+        raise UsageError(f"the data sets' columns differ: {found}. Rename or remove what differs")
     numbered = [
         rows.remove_columns([c for c in ("task_ids",) if c in rows.column_names]).add_column(
             "task_ids", [list(tasks).index(name)] * len(rows)

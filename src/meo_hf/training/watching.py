@@ -97,9 +97,15 @@ def watch(trainer: Trainer) -> ExpertCallback:
     """Make a Trainer log what the experts of its model do, to all its trackers; returns the callback.
 
     It also sees to it that the loss carries the balance loss where the Trainer takes the labels from the model: label
-    smoothing, a `compute_loss_func`, TRL. A function, because trackers only hear what a callback before them adds to
-    the logs. Raises UsageError for a model without merged feed-forwards.
+    smoothing, a `compute_loss_func`, TRL; nobody else should add `outputs.aux_loss` then. A function, because trackers
+    only hear what a callback before them adds to the logs. Raises UsageError for a model without merged feed-forwards,
+    and for several GPUs in one process.
     """
+    if trainer.args.n_gpu > 1:
+        raise UsageError(
+            "this Trainer would copy the model to several GPUs in one process, where nothing can be counted: start it "
+            "with torchrun or accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES)"
+        )
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, ExpertCallback) for callback in callbacks):
         raise UsageError("this Trainer is watched already")
