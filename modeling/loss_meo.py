@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .routing_meo import RoutingContext
+
+# `super()` of a property cannot be compiled
+_stock_loss_function: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]
 
 
 class LossMixin:
@@ -28,9 +31,8 @@ class LossMixin:
     @property
     def loss_function(self) -> Callable[..., Any]:
         """The stock loss, which notes whether it was told the number of items."""
-        function, context = super().loss_function, self._meo_context  # type: ignore[misc]
+        function, context = _stock_loss_function(self), self._meo_context
 
-        @functools.wraps(function)
         def noted(*args: Any, **kwargs: Any) -> Any:
             loss = function(*args, **kwargs)
             plain = getattr(self.config, "problem_type", None) in ("regression", "multi_label_classification")

@@ -295,7 +295,10 @@ def test_balance_loss_is_added_once_in_training(case: Case) -> None:
     assert outputs.aux_loss.item() == pytest.approx(0.5 * expected, rel=1e-4)
     assert outputs.loss.item() == pytest.approx(task_loss + outputs.aux_loss.item(), rel=1e-5)
     assert model(**inputs, labels=labels, return_dict=False)[0].item() == pytest.approx(outputs.loss.item(), rel=1e-5)
-    assert not {"loss", "aux_loss"} & set(model(**inputs))
+    unlabelled = model(**inputs)
+    assert "loss" not in unlabelled
+    assert unlabelled.aux_loss.requires_grad
+    assert unlabelled.aux_loss.item() == pytest.approx(0.5 * expected, rel=1e-4)
     outputs = model.eval()(**inputs, labels=labels)
     assert "aux_loss" not in outputs
     assert outputs.loss.item() == pytest.approx(task_loss, rel=1e-5)

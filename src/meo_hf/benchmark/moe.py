@@ -73,7 +73,7 @@ def _group_forward(self: MeoFeedForward, hidden_states: Tensor) -> Tensor:
     call = self._context.call()
     groups = call.groups(self.level, self.layer)
     x = groups.split(call.grouped(hidden_states))
-    index, weights = self._gates("hidden", groups.read("hidden", x), call)["down_proj"]
+    index, weights = self._gates("hidden", groups.read("hidden", x), call, groups)["down_proj"]
     groups.close()
     if self.adapter is not None:
         x = self.adapter(x)
