@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ class RestoringMixin:
     """
 
     config: Any
+    all_tied_weights_keys: dict[str, str]
+    _keys_to_ignore_on_load_missing: list[str] | None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as PyTorch does, and what is named as in the model's files under its live name.
@@ -30,7 +33,7 @@ class RestoringMixin:
         foreign = {name: tensor for name, tensor in state_dict.items() if name not in own}
         if foreign and get_model_conversion_mapping(self):  # type: ignore[arg-type]
             live = {name: tensor for name, tensor in state_dict.items() if name in own}
-            state_dict = live | self._under_live_names(foreign)
+            state_dict = self._under_live_names(foreign) | live
         return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
 
     def _under_live_names(self, foreign: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +47,9 @@ class RestoringMixin:
                 None, config=config, state_dict=foreign, output_loading_info=True,
                 dtype=max(floats, key=lambda dtype: dtype.itemsize),
             )  # fmt: skip
-        kept = {name: tensor for name, tensor in made.state_dict().items() if name not in info["missing_keys"]}
+        derived = re.compile("|".join(self._keys_to_ignore_on_load_missing or ["(?!)"]))  # never missed, nor loaded
+        left = {*info["missing_keys"], *self.all_tied_weights_keys}
+        kept = {n: tensor for n, tensor in made.state_dict().items() if n not in left and not derived.search(n)}
         return kept | {name: foreign[name] for name in info["unexpected_keys"] if name in foreign}
 
 

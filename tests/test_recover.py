@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -477,6 +478,7 @@ def test_documents_are_not_cut_at_rare_separators(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + odd.encode())
     found = {path.suffix: list(documents(path, "--data", "text")) for path in tmp_path.iterdir()}
     assert found == {".jsonl": [odd], ".csv": [odd, long], ".txt": [odd]}
+    assert csv.field_size_limit() == 131_072
 
 
 def test_windows_of_documents(tmp_path: Path) -> None:

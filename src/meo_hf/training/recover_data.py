@@ -129,14 +129,22 @@ def documents(path: str | Path, option: str, column: str) -> Iterator[str]:
 def _records(content: str, suffix: str, name: str) -> Iterator[Any]:
     try:
         if suffix == ".csv":
-            csv.field_size_limit(len(content) + 1)  # a field may be a whole book
-            yield from csv.DictReader(io.StringIO(content, newline=""))
+            yield from _csv_records(content)
         elif content.lstrip().startswith("["):
             yield from json.loads(content)
         else:
             yield from (json.loads(line) for line in content.split("\n") if line.strip())
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{name} cannot be read as {suffix[1:]} ({error}): repair it") from None
+
+
+def _csv_records(content: str) -> list[dict[str, Any]]:
+    """Read rows whose fields may be whole books; the limit of fields is the process's, so it is set back."""
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(content) + 1))
+    try:
+        return list(csv.DictReader(io.StringIO(content, newline="")))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _described(path: str | Path) -> dict[str, Any]:
