@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 MIXTURES = ("mixtral", "qwen2_moe", "switch_transformers", "nllb-moe", "qwen3_5_moe", "qwen4_exp", "dots3_note_text")
 
 
+DENSE = ("vit", "bert", "marian")
+
+
 def model_of(family: str) -> PreTrainedModel:
-    return (
-        meo_of(tiny_dense(family), level="sequence")
-        if family in ("vit", "bert", "marian")
-        else meo_of_moe(tiny_moe(family))
-    )
+    return meo_of(tiny_dense(family), level="sequence") if family in DENSE else meo_of_moe(tiny_moe(family))
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, *DENSE])
