@@ -197,9 +197,9 @@ class Study:
         """Return the learning rate with the lowest validation loss at seed 0."""
         return min(RATES, key=lambda rate: self.run(arm, rate, 0)["validation"])
 
-    def grid(self) -> None:
-        """Run all stages: each sweeps learning rates, then adds seeds."""
-        for stage in STAGES:
+    def grid(self, stages: int | None = None) -> None:
+        """Run the first stages, or all: each sweeps learning rates, then adds seeds."""
+        for stage in STAGES[:stages]:
             arms = [ARMS[name] for name in stage]
             for rate in (RATES[1], RATES[2], RATES[0]):
                 for arm in arms:
@@ -269,12 +269,13 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "time"))
     parser.add_argument("--work", type=Path, default=ASSETS / "lm", help="for the dense model (default: %(default)s)")
     parser.add_argument("--ledger", type=Path, default=HERE / "lm.jsonl")
+    parser.add_argument("--stages", type=int, help="only the first so many stages (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of `time` (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     study = Study.prepare(Settings(), corpora(), args.work, Ledger(args.ledger))
     if args.what == "run":
-        study.grid()
+        study.grid(args.stages)
     else:
         study.time(args.rounds)
 

@@ -219,10 +219,10 @@ class Study:
             if row.loss == "kl" or row.kind == "source":
                 say(row, 0, 0, 0, self.plain(row))
 
-    def grid(self) -> None:
+    def grid(self, stages: int | None = None) -> None:
         """Measure all rows as they are, then recover them by stages: learning rates, seeds, the larger fraction."""
         self.plain_rows()
-        for names, fractions, seeds in STAGES:
+        for names, fractions, seeds in STAGES[:stages]:
             rows = [ROWS[name] for name in names]
             for rate in RATES:
                 for row in rows:
@@ -298,13 +298,14 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "plain"))
     parser.add_argument("--source", type=Path, default=ASSETS / "olmoe-8m")
     parser.add_argument("--ledger", type=Path, default=HERE / "moe.jsonl")
+    parser.add_argument("--stages", type=int, help="only the first so many stages (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     splits = corpora()
     texts = splits["addresses"].train + splits["plays"].train
     study = Study.open(args.source, texts, Settings(), Ledger(args.ledger))
     if args.what == "run":
-        study.grid()
+        study.grid(args.stages)
     else:
         study.plain_rows()
 
