@@ -31,9 +31,9 @@ class LayerRouting:
     left behind, `slots` the cached positions, padding included (static caches count their own). `answering` says that
     some row is in its answer; `frozen`, that all are, since slot `frozen_at`: one gate then serves the whole answer.
     Their prompts have `prompt` [B] real tokens, last asked for with `request`. `merged` are the experts merged for
-    the current gates: one per row, or one per `repeats` rows of one source, such as beams; `copies` is the number of
-    equal rows that `generate` made of each source. `shuffled` rows have just moved, `crowded` ones have no memory to
-    keep merged experts in.
+    the current gates and the adapters that `mark` tells: one per row, or one per `repeats` rows of one source, such as
+    beams; `copies` is the number of equal rows that `generate` made of each source. `shuffled` rows have just moved,
+    `crowded` ones have no memory to keep merged experts in.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,7 @@ class LayerRouting:
         self.answering = self.frozen = False
         self.frozen_at = 0
         self.merged: Maps = {}
+        self.mark: object = ()
         self.repeats = self.copies = 1
         self.shuffled = self.crowded = False
         self.seal()

@@ -28,11 +28,13 @@ from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
 from .families_meo import Family
 from .groups_meo import Groups, TaskGroups
+from .low_rank_meo import Adapted, mark_of
 from .merger_meo import Linear, Merger, gated_at_once
 from .parallel_meo import own_tensors
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
 from .task_memory_meo import TaskMemory
+from .wrapped_meo import HostsExperts, adapted_maps
 
 
 class MergedExperts(Merger, nn.Module):
@@ -59,10 +61,19 @@ class MergedExperts(Merger, nn.Module):
             self.register_parameter(f"{name}_bias", bias if has_bias else None)
 
     def forward(
-        self, call: Call, groups: Groups, names: tuple[str, ...], gates: dict[str, Gates], pieces: bool
+        self,
+        call: Call,
+        groups: Groups,
+        names: tuple[str, ...],
+        gates: dict[str, Gates],
+        pieces: bool,
+        adapted: dict[str, Adapted] | None = None,
     ) -> dict[str, Linear]:
         """Return linear maps of the merged experts as functions of tokens [N, W, I]."""
-        return self.merged_maps(call, groups, names, gates, pieces=pieces or self._is_lent())
+        if adapted and self.gated and "gate_proj" in names:
+            fused = adapted.get(self.first, Adapted(()))
+            adapted = {**adapted, "gate_proj": fused.half(0), "up_proj": fused.half(1)}
+        return self.merged_maps(call, groups, names, gates, pieces=pieces or self._is_lent(), adapted=adapted)
 
     def _is_lent(self) -> bool:
         """Whether the weights are gone after this forward: FSDP2 units of their own, and DeepSpeed's ZeRO-3."""
@@ -91,7 +102,7 @@ class TokenAdapter(nn.Module):
         return x + self.up(self.down(x.to(self.down.weight.dtype)).relu()).to(x.dtype)
 
 
-class MeoFeedForward(nn.Module):
+class MeoFeedForward(HostsExperts, nn.Module):
     """One feed-forward whose weights are merged from experts for each group of tokens (arXiv 2310.09832)."""
 
     _z3_leaf = True  # tells DeepSpeed's ZeRO-3 to gather all of it at once: the experts return functions, not tensors
@@ -206,6 +217,8 @@ class MeoFeedForward(nn.Module):
     def _linear_maps(self, call: Call, groups: Groups, source: str, cells: Tensor) -> dict[str, Linear]:
         """Return the linear maps whose gates read `source`, as functions of tokens [N, W, I]."""
         names = self.sources[source]
+        adapted = adapted_maps(self.experts)
+        groups.adapt(object() if adapted is None else mark_of(adapted))
         known = all(name in groups.kept() for name in names)
         gates: dict[str, Gates] = {}
         if not (known and groups.settled):

@@ -65,9 +65,15 @@ class Groups:
         """Return the merged experts that the memory holds for these groups."""
         return self.memory.merged if self.memory is not None and self.keeps else {}
 
+    def adapt(self, mark: object) -> None:
+        """Forget what was merged with other adapters; `mark` tells one choice of them from another."""
+        store = self.store
+        if store is not None and store.mark != mark:
+            store.merged, store.mark = {}, mark
+
     @property
-    def crowding(self) -> Any:
-        """Where to note that merged experts do not fit."""
+    def store(self) -> Any:
+        """What holds merged experts, and whether they do not fit; None without a memory."""
         return self.memory
 
     def close(self) -> None:
@@ -114,8 +120,8 @@ class TaskGroups(Groups):
         return self._remembered.merged.setdefault(None if self._ids is not None else self._task, {})
 
     @property
-    def crowding(self) -> Any:
-        """Where to note that merged experts do not fit."""
+    def store(self) -> Any:
+        """What holds merged experts, and whether they do not fit; None without a memory."""
         return self._remembered
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .errors_meo import RoutingError
 from .groups_meo import Groups, TaskGroups
+from .low_rank_meo import Adapted, LowRank, low_rank_linear, mark_of, merged_part
 from .merged_linear_meo import gated_linear, merged_linear
 from .merging_meo import grouped_linear, merge_experts, owned_linear
 from .parallel_meo import Shards
@@ -43,45 +45,70 @@ class Merger:
         raise NotImplementedError
 
     def merged_maps(
-        self, call: Call, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates], *, pieces: bool = False
+        self,
+        call: Call,
+        groups: Groups,
+        names: tuple[str, ...],
+        gates: Mapping[str, Gates],
+        *,
+        pieces: bool = False,
+        adapted: Mapping[str, Adapted] | None = None,
     ) -> dict[str, Linear]:
         """Return linear maps as functions of tokens [N, W, I].
 
         `gates` may be empty where all maps are kept and no group has changed; `pieces` says that each map will be
-        asked several times.
+        asked several times; `adapted`, what adapters make of some. Raises RoutingError for adapters of experts that
+        are split over processes.
         """
         if self.shards is None:
-            return self._own_maps(call, groups, names, gates, pieces)
+            return self._own_maps(call, groups, names, gates, pieces, adapted or {})
+        if adapted:
+            raise RoutingError(
+                "adapters of experts do not work where tensor parallelism splits the experts: merge them into the "
+                "weights first (`merge_and_unload`), or load the model without it"
+            )
         with self.shards.local(cast(nn.Module, self)):
-            maps = self._own_maps(call, groups, names, self.shards.enter(gates), pieces)
+            maps = self._own_maps(call, groups, names, self.shards.enter(gates), pieces, {})
         return self.shards.around(maps)
 
     def _own_maps(
-        self, call: Call, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates], pieces: bool
+        self,
+        call: Call,
+        groups: Groups,
+        names: tuple[str, ...],
+        gates: Mapping[str, Gates],
+        pieces: bool,
+        adapted: Mapping[str, Adapted],
     ) -> dict[str, Linear]:
         """Return linear maps of the experts, or of the part of them that this process holds."""
+        groups.adapt(mark_of(adapted))
         kept = groups.kept()
         if all(name in kept for name in names):
             if groups.changed and not groups.settled:
                 for name in names:
-                    kept[name] = self._merge_into(kept[name], name, gates[name], list(groups.changed))
+                    rows = list(groups.changed)
+                    kept[name] = self._merge_into(kept[name], name, gates[name], adapted.get(name), rows)
         elif (
             groups.keeps
             and self.combine == "weights"
             and self._pays(groups, names, gates)
             and self._fits(call, groups, names, gates[names[0]])
         ):
-            kept |= {name: self._merge(name, gates[name]) for name in names}
+            kept |= {name: self._merge(name, gates[name], adapted.get(name)) for name in names}
         else:
-            return {name: self._linear(groups, name, gates[name], pieces) for name in names}
+            return {name: self._linear(groups, name, gates[name], adapted.get(name), pieces) for name in names}
         return {name: _bound(*kept[name], groups.owner) for name in names}
 
-    def _linear(self, groups: Groups, name: str, gates: Gates, pieces: bool) -> Linear:
+    def _linear(self, groups: Groups, name: str, gates: Gates, adapted: Adapted | None, pieces: bool) -> Linear:
         """Return one linear map, to be computed by the plan that fits the tokens."""
+        stack, bias = self.stack(name)
+        stack = stack if adapted is None else adapted.scaled(stack)
         if pieces and self.combine == "weights":
-            return _bound(*self._merge(name, gates), groups.owner)
-        plan = "combine" if self.combine == "outputs" else self._context.plan
-        return MergedMap(*self.stack(name), gates, groups.owner, plan)
+            linear = _bound(*_merge(stack, bias, gates), groups.owner)
+        else:
+            plan = "combine" if self.combine == "outputs" else self._context.plan
+            linear = MergedMap(stack, bias, gates, groups.owner, plan)
+        return AdaptedMap(linear, adapted.parts, gates, groups.owner) if adapted and adapted.parts else linear
 
     def _pays(self, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates]) -> bool:
         """Whether steps of a token per group will be faster with merged experts that stay."""
@@ -95,15 +122,29 @@ class Merger:
             saved += saved_by_keeping(work_of_stack(self.stack(name)[0], count, count, top_k))
         return saved >= 0
 
-    def _merge(self, name: str, gates: Gates) -> tuple[Tensor, Tensor | None]:
+    def _merge(self, name: str, gates: Gates, adapted: Adapted | None) -> tuple[Tensor, Tensor | None]:
+        """Return merged weights and biases of each gate, with those of adapters."""
         stack, bias = self.stack(name)
-        return merge_experts(stack, *gates), None if bias is None else merge_experts(bias, *gates)
+        if adapted is None:
+            return _merge(stack, bias, gates)
+        weight, bias = _merge(adapted.scaled(stack), bias, gates)
+        for part in adapted.parts:
+            delta, more = merged_part(part, gates)
+            weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            if more is not None:
+                bias = more.to(weight.dtype) if bias is None else bias + more.to(bias.dtype)
+        return weight, bias
 
     def _merge_into(
-        self, kept: tuple[Tensor, Tensor | None], name: str, gates: Gates, rows: list[int]
+        self,
+        kept: tuple[Tensor, Tensor | None],
+        name: str,
+        gates: Gates,
+        adapted: Adapted | None,
+        rows: list[int],
     ) -> tuple[Tensor, Tensor | None]:
         """Merge the experts of some rows anew, in place where that is allowed."""
-        merged = self._merge(name, Gates(gates.top_k_index[rows], gates.top_k_weights[rows]))
+        merged = self._merge(name, Gates(gates.top_k_index[rows], gates.top_k_weights[rows]), adapted)
         if kept[0].is_inference() and not torch.is_inference_mode_enabled():  # nobody may write to those
             kept = (kept[0].clone(), None if kept[1] is None else kept[1].clone())
         for old, new in zip(kept, merged, strict=True):
@@ -113,7 +154,7 @@ class Merger:
 
     def _fits(self, call: Call, groups: Groups, names: tuple[str, ...], gates: Gates) -> bool:
         """Whether merged experts of all groups may be kept; if not, say so once and combine outputs from now on."""
-        memory, rows = groups.crowding, gates.top_k_index.shape[0]
+        memory, rows = groups.store, gates.top_k_index.shape[0]
         if memory is None or memory.crowded:
             return False
         stacks = [tensor for name in names for tensor in self.stack(name) if tensor is not None]
@@ -132,6 +173,27 @@ class Merger:
             return False
         call.room = room - need
         return True
+
+
+def _merge(stack: Tensor, bias: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:
+    return merge_experts(stack, *gates), None if bias is None else merge_experts(bias, *gates)
+
+
+@dataclass
+class AdaptedMap:
+    """A linear map of merged experts to whose result adapters add theirs, for tokens [N, W, I]."""
+
+    base: Linear
+    parts: tuple[LowRank, ...]
+    gates: Gates
+    owner: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map [N, W, O]."""
+        y = self.base(x)
+        for part in self.parts:
+            y = y + low_rank_linear(x.to(y.dtype), part, self.gates, self.owner)
+        return y
 
 
 @dataclass

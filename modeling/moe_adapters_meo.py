@@ -7,7 +7,7 @@ K selected experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from transformers import initialization as init
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from .groups_meo import Groups
+from .low_rank_meo import Adapted
 from .merger_meo import Linear, Merger
 from .moe_families_meo import MoeFamily
 from .moe_meo import GroupRouter, MergedExpertsMixin, Site
 from .router_meo import Gates
 from .routing_meo import Call
+from .wrapped_meo import HostsExperts
 
 
 class DbrxRouting(GroupRouter):
@@ -52,7 +54,7 @@ class DbrxGLU(MergedExpertsMixin):
         return linear["down_proj"](self.activation_fn(linear["gate_proj"](x)) * linear["up_proj"](x))
 
 
-class DbrxBlock:
+class DbrxBlock(HostsExperts):
     """DBRX's block, whose router now selects."""
 
     router: Any
@@ -86,7 +88,7 @@ class Llama4Experts(MergedExpertsMixin):
         return y((x * scale).to(x.dtype))
 
 
-class Llama4Block:
+class Llama4Block(HostsExperts):
     """Llama 4's block without its copy of every token for every expert."""
 
     router: Any
@@ -128,14 +130,23 @@ class JetMoeLinear(Merger):
         """Return the weights."""
         return self.weight, None
 
-    def forward(self, call: Call, groups: Groups, gates: Gates, x: Tensor | None) -> Tensor | None:
+    def forward(
+        self,
+        call: Call,
+        groups: Groups,
+        gates: Gates,
+        x: Tensor | None,
+        *,
+        adapted: Mapping[str, Adapted] | None = None,
+    ) -> Tensor | None:
         """Map tokens [N, W, I] -> [N, W, O]; without tokens only merge."""
         name = self._meo.path
-        linear = self.merged_maps(call, groups, (name,), {name: gates})
+        own = {name: adapted["weight"]} if adapted else None
+        linear = self.merged_maps(call, groups, (name,), {name: gates}, adapted=own)
         return None if x is None else linear[name](x)
 
 
-class JetMoeBlock(MergedExpertsMixin):
+class JetMoeBlock(HostsExperts, MergedExpertsMixin):
     """JetMoE's feed-forward experts; its attention experts stay as they are."""
 
     router: Any
@@ -152,14 +163,16 @@ class JetMoeBlock(MergedExpertsMixin):
         index, weights, *_ = self.router(flat)
         return super().forward(flat, index, weights).view_as(layer_input) + self.bias
 
-    def _run(self, call: Call, groups: Groups, gates: Gates) -> Callable[[Tensor], Tensor]:
+    def _run(
+        self, call: Call, groups: Groups, gates: Gates, adapted: Mapping[str, Adapted] | None
+    ) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             gate, up = self.input_linear(call, groups, gates, x).chunk(2, dim=-1)
             return self.output_linear(call, groups, gates, self.activation(gate) * up)
 
         return run
 
-    def _prepare(self, call: Call, groups: Groups, gates: Gates) -> None:
+    def _prepare(self, call: Call, groups: Groups, gates: Gates, adapted: Mapping[str, Adapted] | None) -> None:
         for linear in (self.input_linear, self.output_linear):
             linear(call, groups, gates, None)
 
@@ -232,7 +245,7 @@ class StackedExperts(MergedExpertsMixin, nn.Module):
         return out
 
 
-class SparseBlock(nn.Module):
+class SparseBlock(HostsExperts, nn.Module):
     """The block around stacked experts."""
 
     def __init__(self, block: Any) -> None:

@@ -26,8 +26,9 @@ from .moe_adapters_meo import (
     Top2Routing,
 )
 from .moe_families_meo import Layout, MoeFamily
-from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module, place_module
+from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module, merging_class, place_module
 from .routing_meo import RoutingContext
+from .wrapped_meo import HostsExperts
 
 
 def _stacks(module: Any) -> bool:
@@ -39,6 +40,8 @@ def _stacks(module: Any) -> bool:
 def _merge_stacked(module: Any, merge: Callable[..., None]) -> None:
     merge(router_of(module), GroupRouter)
     merge(module.experts, MergedExpertsMixin)
+    own: Any = type(module)
+    module.__class__ = merging_class(HostsExperts, own)
 
 
 def _merge_dbrx(module: Any, merge: Callable[..., None]) -> None:

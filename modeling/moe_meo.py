@@ -12,7 +12,7 @@ E experts, K selected experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors_meo import RoutingError
 from .groups_meo import Groups
+from .low_rank_meo import Adapted
 from .merger_meo import Linear, Merger, gated_at_once
 from .router_meo import Gates
 from .routing_meo import Call, RoutingContext
@@ -141,7 +142,14 @@ class MergedExpertsMixin(Merger):
     training: bool
     tally: Any = None  # counts what is selected, where somebody watches the training
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        adapted: Mapping[str, Adapted] | None = None,
+    ) -> Tensor:
         """Run tokens [T, D] or [B, S, D] through the experts that their groups' gates [N, K] merge."""
         call = self._context.call()
         routed: Routed = call.routed.pop(self._meo.path)
@@ -149,14 +157,14 @@ class MergedExpertsMixin(Merger):
         gates, scale, identity = self._normalise(top_k_index, top_k_weights)
         if self.training and self.tally is not None:
             self.tally.add(gates, routed.groups.real(), None)
-        y = self._weigh(x, self._run(call, routed.groups, gates), scale[:, None, None])
+        y = self._weigh(x, self._run(call, routed.groups, gates, adapted), scale[:, None, None])
         if identity is not None:
             y = y + identity[:, None, None] * x
         y = routed.groups.join(y.to(hidden_states.dtype))
         if routed.answer is not None and routed.answer_gates is not None:
             weights, index = routed.answer_gates
             answer, _, _ = self._normalise(index, weights)
-            self._prepare(call, routed.answer, answer)
+            self._prepare(call, routed.answer, answer, adapted)
         return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
 
     @property
@@ -180,11 +188,13 @@ class MergedExpertsMixin(Merger):
         """Apply the sum of the gates [N, 1, 1] to the merged expert `y`."""
         return y(x) * scale
 
-    def _run(self, call: Call, groups: Groups, gates: Gates) -> Callable[[Tensor], Tensor]:
+    def _run(
+        self, call: Call, groups: Groups, gates: Gates, adapted: Mapping[str, Adapted] | None
+    ) -> Callable[[Tensor], Tensor]:
         """Return the merged expert as a function of tokens [N, W, D]."""
 
         def run(x: Tensor) -> Tensor:
-            linear = self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates))
+            linear = self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates), adapted=adapted)
             y = self._compute(linear, x)
             return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
@@ -199,9 +209,9 @@ class MergedExpertsMixin(Merger):
                 return linear[last](at_once)
         return linear[last](self._activate(linear[first](x)))
 
-    def _prepare(self, call: Call, groups: Groups, gates: Gates) -> None:
+    def _prepare(self, call: Call, groups: Groups, gates: Gates, adapted: Mapping[str, Adapted] | None) -> None:
         """Merge what an answer will need now, because a compiled step could not keep it."""
-        self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates))
+        self.merged_maps(call, groups, self.maps, dict.fromkeys(self.maps, gates), adapted=adapted)
 
     def _activate(self, h: Tensor) -> Tensor:
         if not hasattr(self, "gate_up_proj"):

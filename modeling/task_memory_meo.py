@@ -19,7 +19,10 @@ SAMPLES = 64
 
 
 class TaskMemory:
-    """Merged linear maps by task; of all tasks at once under None. `crowded` says that no memory is left for more."""
+    """Merged linear maps by task; of all tasks at once under None.
+
+    `mark` tells the adapters that were merged with them; `crowded` says that no memory is left for more.
+    """
 
     def __init__(self) -> None:
         self.forget()
@@ -27,6 +30,7 @@ class TaskMemory:
     def forget(self) -> None:
         """Drop everything."""
         self.merged: dict[int | None, Maps] = {}
+        self.mark: object = ()
         self.crowded = False
         self._marks: Any = None
         self._samples: list[Tensor] = []

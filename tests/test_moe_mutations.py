@@ -71,11 +71,11 @@ def raw_gates(patch: Patch) -> None:
 def dropped_bias(patch: Patch) -> None:
     original = Merger._merge
 
-    def merge(self: Any, name: str, gates: Gates) -> tuple[Tensor, None]:
-        return original(self, name, gates)[0], None
+    def merge(self: Any, name: str, gates: Gates, adapted: Any) -> tuple[Tensor, None]:
+        return original(self, name, gates, adapted)[0], None
 
-    def linear(self: Any, groups: Any, name: str, gates: Gates, pieces: bool) -> Any:
-        return merger_meo._bound(*merge(self, name, gates), None)
+    def linear(self: Any, groups: Any, name: str, gates: Gates, adapted: Any, pieces: bool) -> Any:
+        return merger_meo._bound(*merge(self, name, gates, adapted), None)
 
     patch.setattr(Merger, "_merge", merge)
     patch.setattr(Merger, "_linear", linear)

@@ -1,0 +1,103 @@
+"""PEFT's LoRA on stacks of experts without their deltas: its wrappers are peeled off, and their factors merged.
+
+PEFT's own forward adds every expert's delta to the stack in each call. A block that hosts experts gives each wrapper
+that PEFT puts around them a made subclass of its class, whose forward hands the low-rank factors on. PEFT is not
+imported here; its wrappers are known by what they hold.
+
+Legend: E experts, R rank, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .low_rank_meo import Adapted, LowRank
+from .merger_meo import Merger
+
+
+class HostsExperts:
+    """A block whose experts an adapter may wrap."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_wrapper(value) and isinstance(innermost(value), Merger) and not isinstance(value, Peeling):
+            value.__class__ = peeling_class(cast(Any, type(value)))
+        super().__setattr__(name, value)
+
+
+class Peeling:
+    """What a wrapper of experts adds to hand its factors on."""
+
+    parameter_name: str
+    base_layer: Any
+    merged_adapters: list[str]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the experts with what all wrappers around them add."""
+        adapted = None if kwargs.get("adapter_names") else adapted_maps(self)
+        if adapted is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return innermost(self)(*args, adapted=adapted, **kwargs)
+
+    def adapted(self) -> Adapted | None:
+        """Return what this wrapper's active adapters make of its parameter; None if they cannot be kept apart."""
+        return stock_parts(self)
+
+
+def is_wrapper(module: Any) -> bool:
+    """Return whether a module wraps one parameter of another, as PEFT's do."""
+    return isinstance(module, nn.Module) and hasattr(module, "base_layer") and hasattr(module, "parameter_name")
+
+
+def innermost(module: Any) -> Any:
+    """Return what wrappers are around."""
+    while is_wrapper(module):
+        module = module.base_layer
+    return module
+
+
+def adapted_maps(wrapper: Any) -> dict[str, Adapted] | None:
+    """Return by parameter what the wrappers around experts add; None where PEFT's own way must be gone."""
+    found: dict[str, Adapted] = {}
+    while is_wrapper(wrapper):
+        if wrapper.disable_adapters or not isinstance(wrapper, Peeling):
+            return None
+        merged = tuple(wrapper.merged_adapters)
+        adapted = Adapted(mark=merged) if merged else wrapper.adapted()
+        if adapted is None:
+            return None
+        if adapted.mark:
+            found[wrapper.parameter_name] = adapted
+        wrapper = wrapper.base_layer
+    return found
+
+
+def stock_parts(wrapper: Any) -> Adapted | None:
+    """Read PEFT's layout: A [E * R, I] by experts, B [O, R * E] by ranks; None for a parameter that is no stack."""
+    if wrapper.get_param().dim() != 3 or not wrapper.get_param().is_floating_point():
+        return None
+    names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    scales = [(name, wrapper.scaling[name]) for name in names]
+    return Adapted(tuple(LowRank(*stock_factors(wrapper, name), scale) for name, scale in scales), mark=tuple(scales))
+
+
+def stock_factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return A [E, R, I] and B [E, O, R] of an adapter."""
+    down, up, experts = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    return down.unflatten(0, (experts, -1)), up.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+@functools.cache
+def peeling_class(base: Any) -> Any:
+    """Return the class that a wrapper gets, made once; it keeps its name, by which PEFT knows it."""
+
+    def reduce(self: Any) -> Any:
+        return _unpickled, (base,), self.__dict__
+
+    return type(base.__name__, (Peeling, base), {"__module__": __name__, "__doc__": base.__doc__, "__reduce__": reduce})
+
+
+def _unpickled(base: type) -> Any:
+    return object.__new__(peeling_class(base))
