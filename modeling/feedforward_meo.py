@@ -34,7 +34,7 @@ from .parallel_meo import own_tensors
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
 from .task_memory_meo import TaskMemory
-from .wrapped_meo import HostsExperts, adapted_maps
+from .wrapped_meo import HostsExperts, adapted_maps, innermost
 
 
 class MergedExperts(Merger, nn.Module):
@@ -187,7 +187,7 @@ class MeoFeedForward(HostsExperts, nn.Module):
         return bool(kinds) and kinds <= {Tensor, nn.Parameter} and not derived
 
     def _own_parameters(self) -> list[Tensor]:
-        return list(self.parameters()) if self.experts.shards is None else own_tensors(self)
+        return list(self.parameters()) if innermost(self.experts).shards is None else own_tensors(self)
 
     def train(self, mode: bool = True) -> MeoFeedForward:
         """Set the mode; what was merged for tasks is forgotten."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from .moe_families_meo import MoeFamily
 from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
 from .parallel_meo import check_gates, check_parallel, plan_experts
+from .peft_meo import share_adapter_names, tell_untouched
 from .planning_meo import PlannedModel, check_plan, plan_model
 from .reference_meo import break_links, load_options, own_options, source_of
 from .restoring_meo import RestoringMixin
@@ -130,6 +132,29 @@ class MeoModelMixin(LossMixin, RestoringMixin):
     def is_custom_code(cls) -> bool:
         """Say no: for custom code Transformers would leave some heads of the stock class uninitialised."""
         return False
+
+    @property
+    def peft_config(self) -> Any:
+        """The adapters' configs by name, which PEFT leaves here; raises AttributeError without adapters."""
+        if "_meo_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config")
+        return self.__dict__["_meo_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        self.__dict__["_meo_peft_config"] = configs
+        tell_untouched(self, configs)  # type: ignore[arg-type]
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_meo_peft_config", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        self._meo_context.copy_into(memo)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def set_task(self, task: str | None) -> None:
         """Fix one task for all rows of later batches without `task_ids`; None goes back to the config's.
@@ -305,6 +330,7 @@ def meo_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         stacked = stacking_conversions(family) if isinstance(family, MoeFamily) else []
         _share_conversions(base.__name__, name, [])
         _share_conversions(stock_config.model_type, config_class.model_type, stacked)
+        share_adapter_names(family, config_class.model_type)
         generates = issubclass(base, GenerationMixin)
         mixin = MeoGenerationMixin if generates else MeoModelMixin
         in_fp32 = list(base._keep_in_fp32_modules or [])

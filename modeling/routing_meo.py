@@ -5,6 +5,7 @@ Legend: B rows of the batch, S positions, D features.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from dataclasses import dataclass, field
@@ -105,6 +106,15 @@ class RoutingContext:
         self.labels: Any = None  # of the batch, where a trainer keeps them from the model
         self.task_memories: list[TaskMemory] = []
         self._calls: dict[int, Call] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
+        """Stay one with the model when a part of it is copied, as PEFT does with a router that it trains."""
+        return self
+
+    def copy_into(self, memo: dict[int, Any]) -> None:
+        """Make the copy that goes with a copy of the whole model."""
+        made = memo[id(self)] = RoutingContext.__new__(RoutingContext)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
 
     @property
     def reads_past(self) -> bool:

@@ -41,10 +41,6 @@ class Peeling:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return innermost(self)(*args, adapted=adapted, **kwargs)
 
-    def adapted(self) -> Adapted | None:
-        """Return what this wrapper's active adapters make of its parameter; None if they cannot be kept apart."""
-        return stock_parts(self)
-
 
 def is_wrapper(module: Any) -> bool:
     """Return whether a module wraps one parameter of another, as PEFT's do."""
@@ -65,7 +61,8 @@ def adapted_maps(wrapper: Any) -> dict[str, Adapted] | None:
         if wrapper.disable_adapters or not isinstance(wrapper, Peeling):
             return None
         merged = tuple(wrapper.merged_adapters)
-        adapted = Adapted(mark=merged) if merged else wrapper.adapted()
+        own = getattr(wrapper, "adapted", None)  # a wrapper of our own knows more than PEFT's layout
+        adapted = Adapted(mark=merged) if merged else stock_parts(wrapper) if own is None else own()
         if adapted is None:
             return None
         if adapted.mark:

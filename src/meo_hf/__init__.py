@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from meo_hf.version import __version__
 
 if TYPE_CHECKING:
+    from meo_hf.adapters import MeoLoraConfig
     from meo_hf.conversion.convert import convert, verify_output
     from meo_hf.conversion.extraction import extract
     from meo_hf.conversion.inspection import inspect
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from meo_hf.training.recover import recover
 
 _HOMES = {
+    "MeoLoraConfig": "meo_hf.adapters",
     "ConversionReport": "meo_hf.conversion.report",
     "convert": "meo_hf.conversion.convert",
     "extract": "meo_hf.conversion.extraction",
@@ -26,7 +28,16 @@ _HOMES = {
     "recover": "meo_hf.training.recover",
     "verify_output": "meo_hf.conversion.convert",
 }
-__all__ = ["ConversionReport", "__version__", "convert", "extract", "inspect", "recover", "verify_output"]
+__all__ = [
+    "ConversionReport",
+    "MeoLoraConfig",
+    "__version__",
+    "convert",
+    "extract",
+    "inspect",
+    "recover",
+    "verify_output",
+]
 
 
 def __getattr__(name: str) -> Any:
