@@ -96,10 +96,10 @@ class Merger:
         ):
             kept |= {name: self._merge(name, gates[name], adapted.get(name)) for name in names}
         else:
-            return {name: self._linear(groups, name, gates[name], adapted.get(name), pieces) for name in names}
+            return {name: self._linear(groups, name, gates[name], pieces, adapted.get(name)) for name in names}
         return {name: _bound(*kept[name], groups.owner) for name in names}
 
-    def _linear(self, groups: Groups, name: str, gates: Gates, adapted: Adapted | None, pieces: bool) -> Linear:
+    def _linear(self, groups: Groups, name: str, gates: Gates, pieces: bool, adapted: Adapted | None = None) -> Linear:
         """Return one linear map, to be computed by the plan that fits the tokens."""
         stack, bias = self.stack(name)
         stack = stack if adapted is None else adapted.scaled(stack)
@@ -122,7 +122,7 @@ class Merger:
             saved += saved_by_keeping(work_of_stack(self.stack(name)[0], count, count, top_k))
         return saved >= 0
 
-    def _merge(self, name: str, gates: Gates, adapted: Adapted | None) -> tuple[Tensor, Tensor | None]:
+    def _merge(self, name: str, gates: Gates, adapted: Adapted | None = None) -> tuple[Tensor, Tensor | None]:
         """Return merged weights and biases of each gate, with those of adapters."""
         stack, bias = self.stack(name)
         if adapted is None:

@@ -74,7 +74,7 @@ def dropped_bias(patch: Patch) -> None:
     def merge(self: Any, name: str, gates: Gates, adapted: Any) -> tuple[Tensor, None]:
         return original(self, name, gates, adapted)[0], None
 
-    def linear(self: Any, groups: Any, name: str, gates: Gates, adapted: Any, pieces: bool) -> Any:
+    def linear(self: Any, groups: Any, name: str, gates: Gates, pieces: bool, adapted: Any) -> Any:
         return merger_meo._bound(*merge(self, name, gates, adapted), None)
 
     patch.setattr(Merger, "_merge", merge)

@@ -236,8 +236,8 @@ def tallied_gates(model: nn.Module) -> Iterator[dict[str, GateTally]]:
 def _tally(module: Any, tally: GateTally) -> None:
     run_of, normalise = module._run, module._normalise
 
-    def run_and_count(call: Any, groups: Any, gates: Any) -> Callable[[Tensor], Tensor]:
-        run = run_of(call, groups, gates)
+    def run_and_count(call: Any, groups: Any, gates: Any, adapted: Any) -> Callable[[Tensor], Tensor]:
+        run = run_of(call, groups, gates, adapted)
 
         def run_counted(x: Tensor) -> Tensor:
             tally.add(gates.top_k_weights, x.shape[1], module.combine == "weights")
