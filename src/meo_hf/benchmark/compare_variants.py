@@ -183,9 +183,7 @@ class _AverageMaps:
     def __init__(self, module: Merger) -> None:
         self._module, self._known = module, dict[str, Linear]()
 
-    def __call__(
-        self, call: Any, groups: Any, names: tuple[str, ...], gates: Any, *, pieces: bool = False
-    ) -> dict[str, Linear]:
+    def __call__(self, call: Any, groups: Any, names: tuple[str, ...], gates: Any, **options: Any) -> dict[str, Linear]:
         for name in names:
             if name not in self._known:
                 self._known[name] = self._average(name)
