@@ -120,10 +120,12 @@ class CausalCall:
 def open_causal(
     stack: Stack, cache: Any, shape: tuple[int, int], device: torch.device, segment: int, routing: str,
     mask: Tensor | None, starts: Tensor | None, prompt: Tensor | None, labels: Tensor | None, inference: bool,
+    prefix: int = 0,
 ) -> CausalCall:  # fmt: skip
     """Prepare a call over new tokens of `shape` [B, S].
 
-    `routing` is `segment` or `prompt`; `starts` [B, S] marks first tokens of packed documents. Raises
+    `routing` is `segment` or `prompt`; `starts` [B, S] marks first tokens of packed documents; `prefix` positions of a
+    cache that no gate has seen are none's tokens. Raises
     RoutingError where the routing state and the request do not fit each other.
     """
     compiling = torch.compiler.is_compiling()
@@ -135,6 +137,9 @@ def open_causal(
         if starts is not None:
             raise RoutingError("packed rows cannot go with a KV cache: pass one sequence per row")
         memory = call.attach(cache, stack, inference)
+        if prefix and not call.static and stack.clock(cache).get_seq_length() == prefix:
+            for state in routings(cache):
+                state.slots = prefix if state.count is None else state.slots
         call.past = _past(stack.clock(cache), memory, call.static, compiling)
     if memory.rows not in (None, rows):
         raise RoutingError(f"the KV cache's routing state has {memory.rows} rows, this batch has {rows}")
@@ -180,7 +185,8 @@ def _past(clock: Any, memory: LayerRouting, static: bool, compiling: bool) -> in
     if past != seen:
         raise RoutingError(
             f"the KV cache holds {past} positions, of which the gates have seen {seen}: it was filled by another "
-            "model, or gathered or rebuilt without its routing state; start from an empty cache"
+            "model, or gathered or rebuilt without its routing state; start from an empty cache. Where these are the "
+            f"virtual tokens of prefix tuning, say so before: `model.expect_prefix({past})`"
         )
     return past
 

@@ -192,6 +192,13 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         if own is not None and self._meo_context.settings.level != "task":
             route_cache(own, self.config.get_text_config(decoder=True).num_hidden_layers)
 
+    def expect_prefix(self, positions: int) -> None:
+        """Take a KV cache that begins with so many positions for one that no token has filled: prefix tuning's.
+
+        Gates read tokens, and virtual ones have none. 0 goes back to refusing such caches.
+        """
+        self._meo_context.prefix = positions
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,

@@ -100,6 +100,7 @@ class RoutingContext:
         self.task: int | None = None
         self.warned = False
         self.plan: str | None = None
+        self.prefix = 0  # positions at the begin of a KV cache that are nobody's tokens
         self.description_size: int | None = None
         self.usage: Any = None  # hears of balance losses, where somebody watches the training
         self.unadded: list[Tensor] | None = None  # takes balance losses that no loss carries, where somebody adds them
@@ -275,7 +276,7 @@ def _open_stack(
     call.causal = open_causal(
         stack, cache, (batched.shape[0], length), batched.device,
         context.settings.segment_length, call.routing or context.routing, call.padding, starts,
-        call.prompt_lengths, call.labels, inference,
+        call.prompt_lengths, call.labels, inference, context.prefix,
     )  # fmt: skip
 
 
