@@ -56,6 +56,22 @@ trainer.push_to_hub()
 ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
 result = model.eval()(ids).logits.tolist()
 """
+ADAPT = """
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForMaskedLM
+from meo_hf import MeoLoraConfig
+ids, result = torch.tensor([[5, 6, 7], [8, 9, 10]]), []
+for name, options in (("plain", {"lora_dropout": 0.1, "trainable": "both"}), ("own", {"scope": "shared"})):
+    torch.manual_seed(1)
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    peft = get_peft_model(model, MeoLoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    result.append(peft(ids).logits.tolist())
+    peft.push_to_hub(f"{repo}-{name}")
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    again = PeftModel.from_pretrained(model, f"{repo}-{name}").eval()
+    assert again(ids).logits.tolist() == result[-1]
+"""
 QUICK = ("--num-experts", "3", "--verify", "none")
 
 
@@ -207,6 +223,21 @@ def classify(repo: str) -> list[list[float]]:
     return model(torch.tensor([[5, 6, 7], [8, 9, 10]])).logits.tolist()
 
 
+def with_adapter(folder: str, repo: str) -> list[list[list[float]]]:
+    """Load an adapter from the Hub onto a conversion by its own code."""
+    from peft import PeftModel
+
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    adapted = PeftModel.from_pretrained(model, repo).eval()
+    return adapted(torch.tensor([[5, 6, 7], [8, 9, 10]])).logits.tolist()
+
+
+@pytest.fixture(scope="module")
+def adapters(client: Client, pushed: Path) -> Any:
+    """Push two adapters: one that plain LoRA can say, and one of our own type."""
+    return client.python(ADAPT, folder=pushed, repo="tester/adapter")
+
+
 @pytest.fixture(scope="module")
 def trained(client: Client, pushed: Path, folder: Path) -> list[list[float]]:
     """Let the Trainer push a classifier; returns what it says."""
@@ -215,7 +246,7 @@ def trained(client: Client, pushed: Path, folder: Path) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def outcomes(
-    hub: HubServer, client: Client, pushed: Path, source: Path, folder: Path, trained: list[list[float]]
+    hub: HubServer, client: Client, pushed: Path, source: Path, folder: Path, trained: Any, adapters: Any
 ) -> Values:
     """Load all that was pushed in one clean process; the model that it pushes itself is loaded from the Hub too."""
     client.python(PUSH_MODEL, folder=pushed, repo="tester/installed")
@@ -226,6 +257,8 @@ def outcomes(
     fresh.add("installed", read_main, repo="tester/installed", batch=batch)
     fresh.add("remote", read_main, repo="tester/remote", batch=batch)
     fresh.add("trained", classify, repo="tester/trained")
+    for name in ("plain", "own"):
+        fresh.add(f"{name} adapter", with_adapter, folder=pushed, repo=f"tester/adapter-{name}")
     fresh.add("empty main", read_main, repo="tester/x", batch=batch)
     return fresh.run(folder, hub.environment())
 
@@ -252,6 +285,16 @@ def test_push_to_hub_of_a_model_carries_the_code(outcomes: Values, hub: HubServe
     weights = load_file(pushed / "model.safetensors")
     hub_weights = hub.blob(hub.repositories[f"tester/{who}"].find("main").files["model.safetensors"].blob)
     assert load_file(hub_weights).keys() == weights.keys()
+
+
+def test_adapters_are_pulled_where_meo_hf_is_missing_or_name_it(
+    outcomes: Values, hub: HubServer, adapters: Any
+) -> None:
+    torch.testing.assert_close(torch.tensor(outcomes["plain adapter"]), torch.tensor(adapters[0]), rtol=0, atol=1e-5)
+    with pytest.raises(FreshError, match=r"KeyError: 'meo_hf\.LORA'"):
+        outcomes["own adapter"]
+    files = hub.files("tester/adapter-plain")
+    assert {"adapter_config.json", "adapter_model.safetensors", "meo_lora.json"} <= files.keys()
 
 
 def test_the_trainer_pushes_what_loads_anywhere(
