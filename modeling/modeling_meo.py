@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -56,6 +55,7 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         replace = replace_moe if isinstance(family, MoeFamily) else replace_blocks
         replace(self, family, settings, context)  # type: ignore[arg-type]
         self._meo_context = context
+        context.belongs_to(self)
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PreTrainedModel) and module is not self:
                 install_hooks(module, context)
@@ -149,12 +149,9 @@ class MeoModelMixin(LossMixin, RestoringMixin):
     def peft_config(self) -> None:
         self.__dict__.pop("_meo_peft_config", None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        self._meo_context.copy_into(memo)
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._meo_context.belongs_to(self)
 
     def set_task(self, task: str | None) -> None:
         """Fix one task for all rows of later batches without `task_ids`; None goes back to the config's.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,15 +108,23 @@ class RoutingContext:
         self.labels: Any = None  # of the batch, where a trainer keeps them from the model
         self.task_memories: list[TaskMemory] = []
         self._calls: dict[int, Call] = {}
+        self._model: weakref.ref[Any] | None = None
+
+    def belongs_to(self, model: Any) -> None:
+        """Note whose context this is."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
-        """Stay one with the model when a part of it is copied, as PEFT does with a router that it trains."""
-        return self
-
-    def copy_into(self, memo: dict[int, Any]) -> None:
-        """Make the copy that goes with a copy of the whole model."""
+        """Go with a copy of the whole model, and stay one where a part is copied, as PEFT does with its routers."""
+        model = None if self._model is None else self._model()
+        if model is not None and id(model) not in memo:
+            return self
         made = memo[id(self)] = RoutingContext.__new__(RoutingContext)
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     @property
     def reads_past(self) -> bool:

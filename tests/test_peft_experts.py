@@ -187,5 +187,8 @@ def test_several_adapters(case: Case | MoeCase) -> None:
 def test_copies_and_pickles_keep_adapters(case: Case | MoeCase) -> None:
     peft, inputs = adapted(model_of(case)), inputs_of(case)
     expected = logits_of(peft, inputs)
-    assert torch.equal(logits_of(copy.deepcopy(peft), inputs), expected)
+    twin = copy.deepcopy(peft)
+    assert type(twin) is PeftModel
+    assert torch.equal(logits_of(twin, inputs), expected)
+    assert twin.base_model.model._meo_context is not peft.base_model.model._meo_context
     assert torch.equal(logits_of(pickle.loads(pickle.dumps(peft)), inputs), expected)
