@@ -7,7 +7,7 @@ E experts, K selected experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -70,15 +70,19 @@ class MergedExperts(Merger, nn.Module):
         adapted: dict[str, Adapted] | None = None,
     ) -> dict[str, Linear]:
         """Return linear maps of the merged experts as functions of tokens [N, W, I]."""
-        if adapted and self.gated and "gate_proj" in names:
-            fused = adapted.get(self.first, Adapted(()))
-            adapted = {**adapted, "gate_proj": fused.half(0), "up_proj": fused.half(1)}
         return self.merged_maps(call, groups, names, gates, pieces=pieces or self._is_lent(), adapted=adapted)
 
     def _is_lent(self) -> bool:
         """Whether the weights are gone after this forward: FSDP2 units of their own, and DeepSpeed's ZeRO-3."""
         sharded = any(base.__name__ == "FSDPModule" for base in type(self).__mro__)
         return sharded or hasattr(self.down_proj, "ds_id")
+
+    def adapted_map(self, adapted: Mapping[str, Adapted], name: str) -> Adapted | None:
+        """Return what adapters make of a linear map."""
+        if name not in ("gate_proj", "up_proj") or not self.gated:
+            return adapted.get(name)
+        fused = adapted.get(self.first)
+        return None if fused is None else fused.half(0 if name == "gate_proj" else 1)
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias stacks of a linear map; `gate_proj` and `up_proj` are halves of the fused one."""

@@ -44,6 +44,10 @@ class Merger:
         """Return weights [E, O, I] and biases [E, O] of a linear map; only called inside the module's forward."""
         raise NotImplementedError
 
+    def adapted_map(self, adapted: Mapping[str, Adapted], name: str) -> Adapted | None:
+        """Return what adapters, by parameter, make of a linear map."""
+        return adapted.get(name)
+
     def merged_maps(
         self,
         call: Call,
@@ -87,16 +91,18 @@ class Merger:
             if groups.changed and not groups.settled:
                 for name in names:
                     rows = list(groups.changed)
-                    kept[name] = self._merge_into(kept[name], name, gates[name], adapted.get(name), rows)
+                    kept[name] = self._merge_into(kept[name], name, gates[name], self.adapted_map(adapted, name), rows)
         elif (
             groups.keeps
             and self.combine == "weights"
             and self._pays(groups, names, gates)
             and self._fits(call, groups, names, gates[names[0]])
         ):
-            kept |= {name: self._merge(name, gates[name], adapted.get(name)) for name in names}
+            kept |= {name: self._merge(name, gates[name], self.adapted_map(adapted, name)) for name in names}
         else:
-            return {name: self._linear(groups, name, gates[name], pieces, adapted.get(name)) for name in names}
+            return {
+                name: self._linear(groups, name, gates[name], pieces, self.adapted_map(adapted, name)) for name in names
+            }
         return {name: _bound(*kept[name], groups.owner) for name in names}
 
     def _linear(self, groups: Groups, name: str, gates: Gates, pieces: bool, adapted: Adapted | None = None) -> Linear:

@@ -130,6 +130,10 @@ class JetMoeLinear(Merger):
         """Return the weights."""
         return self.weight, None
 
+    def adapted_map(self, adapted: Mapping[str, Adapted], name: str) -> Adapted | None:
+        """Return what adapters make of the weights."""
+        return adapted.get("weight")
+
     def forward(
         self,
         call: Call,
@@ -141,8 +145,7 @@ class JetMoeLinear(Merger):
     ) -> Tensor | None:
         """Map tokens [N, W, I] -> [N, W, O]; without tokens only merge."""
         name = self._meo.path
-        own = {name: adapted["weight"]} if adapted else None
-        linear = self.merged_maps(call, groups, (name,), {name: gates}, adapted=own)
+        linear = self.merged_maps(call, groups, (name,), {name: gates}, adapted=adapted)
         return None if x is None else linear[name](x)
 
 

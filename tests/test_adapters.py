@@ -394,3 +394,22 @@ def test_losses_fall_with_the_trainer(tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "case", [Case("llama", "sequence"), Case("llama", "sequence", "projection"), MoeCase("mixtral")]
+)
+def test_steps_find_what_was_merged_with_the_adapter(case: Case | MoeCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft, inputs = (
+        adapted(model_of(case, **({"level": "sequence"} if isinstance(case, MoeCase) else {}))),
+        case.inputs(),
+    )
+    merges = []
+    original = Merger._merge
+    monkeypatch.setattr(Merger, "_merge", lambda self, name, *rest: merges.append(name) or original(self, name, *rest))
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    peft.generate(**inputs, do_sample=False, max_new_tokens=2, use_cache=True)
+    once = len(merges)
+    merges.clear()
+    peft.generate(**inputs, do_sample=False, max_new_tokens=4, use_cache=True)
+    assert once == len(merges) > 0
