@@ -33,6 +33,7 @@ from .moe_meo import merged_moe
 from .parallel_meo import check_gates, check_parallel, plan_experts
 from .peft_meo import share_adapter_names, tell_untouched
 from .planning_meo import PlannedModel, check_plan, plan_model
+from .quantised_meo import tell_unquantised
 from .reference_meo import break_links, load_options, own_options, source_of
 from .restoring_meo import RestoringMixin
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
@@ -101,12 +102,15 @@ class MeoModelMixin(LossMixin, RestoringMixin):
             )
         weights = (getattr(known, "meo", None) or {}).get("weights")
         if weights is None:
-            return load(name, *model_args, config=config, **kwargs)
+            loaded = load(name, *model_args, config=config, **kwargs)
+            tell_unquantised(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         source, pinned = source_of(weights)
         own = own_options(kwargs)
         known._commit_hash = pinned.get("revision")  # else files are looked for at the referring repository's
         loaded = load(source, *model_args, config=known, **load_options(rest, own), **pinned, use_safetensors=True)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        tell_unquantised(model)
         model.name_or_path = model.config._name_or_path = str(name)
         if model.can_generate():
             with suppress(OSError):  # it has none: the source's holds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,28 @@ def test_adapters_are_combined_and_swapped(case: Case, task: str, tmp_path: Path
     assert_differs(mixed, logits_of(attention, inputs))
     with attention.disable_adapter():
         assert_differs(mixed, logits_of(attention, inputs))
+
+
+@pytest.mark.parametrize("case", [Case("llama", "segment"), MoeCase("mixtral")], ids=["llama", "mixtral"])
+def test_quantised_models_say_what_stayed_in_full_precision(
+    case: Case | MoeCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    model, inputs = model_of(case), case.inputs()
+    inputs = {name: value for name, value in inputs.items() if name != "prompt_lengths"}
+    base = logits_of(model, inputs)
+    model.save_pretrained(tmp_path)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+        quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    text = next(record.message for record in caplog.records if "left the experts" in record.message)
+    assert f"{experts / 2**20:,.1f} MiB of float32" in text
+    assert type(quantised.model.layers[0].self_attn.q_proj.weight.data) is not Tensor
+    assert_close(logits_of(quantised, inputs), base, 0.05)
+    names = [name for name, p in quantised.named_parameters() if ".experts." in name and p.dim() == 3]
+    peft = get_peft_model(quantised, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    assert_close(logits_of(peft, inputs), logits_of(quantised, inputs))

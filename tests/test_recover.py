@@ -545,6 +545,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasked.set_task("a")
     tasked.save_pretrained(folder / "tasked")
     tiny.meo_of(dense, top_k=1, level="segment").save_pretrained(folder / "one")
+    meo_of(tiny_moe("mixtral", num_experts_per_tok=1)).save_pretrained(folder / "one of a mixture")
     (folder / "short.txt").write_text("w1 w2 w3", "utf-8")
     (folder / "rows.jsonl").write_text('{"body": "w1"}', "utf-8")
     return folder
@@ -563,6 +564,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"meo": "task"}, {}, UsageError, "no default task"),
         ({"meo": "tasked"}, {"train": "routers"}, UsageError, "a router is a table of gates"),
         ({"meo": "one"}, {"train": "routers"}, UsageError, "with top_k 1 every gate is 1"),
+        ({"meo": "one of a mixture"}, {"train": "routers"}, UsageError, "with top_k 1 every gate is 1"),
         ({"data": "short.txt"}, {}, UsageError, "--data holds 3 tokens, too few for a window of 16"),
         ({"data": "rows.jsonl"}, {}, UsageError, r"row 1 has no text in column 'text' \(it has body\)"),
         ({"data": "none.txt"}, {}, UsageError, "none.txt cannot be read"),

@@ -54,8 +54,22 @@ def check_routers(model: Any, train: str) -> None:
         raise UsageError(f"{type(model).__name__} has no routers that merge experts: train all, or adapters")
     if level == "task":
         raise UsageError("at level 'task' a router is a table of gates for each task: train all, or adapters")
-    if all(isinstance(router, MeoRouter) and router.top_k == 1 for router in routers):
+    if all(_is_constant(router, model) for router in routers):
         raise UsageError("with top_k 1 every gate is 1, so routers have nothing to learn by: train all, or adapters")
+
+
+@torch.no_grad()
+def _is_constant(router: Any, model: Any) -> bool:
+    """Whether a router's gates are the same whatever it reads: one expert, whose weight is normalised."""
+    if isinstance(router, MeoRouter):
+        return router.top_k == 1
+    like = next(router.parameters())
+    states = torch.randn(1, 8, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
+    try:
+        _, (_, weights, *_) = router._sorted(router.route(states.flatten(0, 1).to(like)))
+    except (RuntimeError, TypeError, ValueError):  # it reads more than states
+        return False
+    return bool(weights.shape[-1] == 1 and weights.float().std() < 1e-4)
 
 
 def with_adapters(model: Any, rank: int) -> Any:
