@@ -17,7 +17,7 @@ from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
 from meo_hf.modeling.router_meo import MeoRouter
 from moe_contracts import KEPT, MoeCase
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import labels_for
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -413,3 +413,32 @@ def test_steps_find_what_was_merged_with_the_adapter(case: Case | MoeCase, monke
     merges.clear()
     peft.generate(**inputs, do_sample=False, max_new_tokens=4, use_cache=True)
     assert once == len(merges) > 0
+
+
+def test_an_old_file_of_experts_one_by_one_is_read(tmp_path: Path) -> None:
+    case = MoeCase("mixtral")
+    stock, inputs = case.stock(), case.inputs()
+    config, rank = stock.config, 2
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for expert in range(config.num_local_experts):
+            for name in ("w1", "w2", "w3"):
+                sizes = (config.hidden_size, config.intermediate_size)
+                read, write = sizes if name != "w2" else sizes[::-1]
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{path}.lora_A.weight"] = torch.randn(rank, read, generator=generator) * 0.5
+                tensors[f"{path}.lora_B.weight"] = torch.randn(write, rank, generator=generator) * 0.5
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"], "task_type": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    merged = PeftModel.from_pretrained(copy.deepcopy(stock), str(tmp_path)).merge_and_unload()
+    with torch.no_grad():
+        weight = stock.model.layers[0].mlp.experts.gate_up_proj[1, : config.intermediate_size].clone()
+    path = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1"
+    weight += (2 * tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]).to(weight)
+    assert_close(merged.model.layers[0].mlp.experts.gate_up_proj[1, : config.intermediate_size], weight)
+    peft = PeftModel.from_pretrained(case.merged(stock), str(tmp_path))
+    expected = logits_of(case.merged(merged), inputs)
+    assert_close(logits_of(peft, inputs), expected, tolerance(case))
+    assert_differs(expected, logits_of(case.merged(stock), inputs))
