@@ -129,8 +129,8 @@ def as_peft(model: Any) -> Any:
 @torch.inference_mode()
 def check(models: dict[str, Any], args: argparse.Namespace) -> None:
     """Raise CheckFailedError unless all forms of one adapter say the same, and something else than the base."""
-    ids = text(args.prompt_tokens, 1, args.device)
-    lengths = torch.tensor([args.prompt_tokens // 2])
+    ids = text(models["none"], args.prompt_tokens, 1, args.device)
+    lengths = torch.full_like(ids[:, 0], args.prompt_tokens // 2)
     said = {name: model(ids, prompt_lengths=lengths).logits.float() for name, model in models.items()}
     expected = said["PEFT, its own forward"]
     for name in ("ours, per expert", "PEFT, by our block", "merged"):
@@ -141,19 +141,20 @@ def check(models: dict[str, Any], args: argparse.Namespace) -> None:
         raise CheckFailedError("the adapter changes nothing, so that the comparison shows nothing")
 
 
-def text(tokens: int, rows: int, device: str) -> Tensor:
-    return torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+def text(model: Any, tokens: int, rows: int, device: str) -> Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def decoding(model: Any, args: argparse.Namespace) -> Callable[[], float]:
     """Return a function that decodes and returns the seconds per token."""
-    ids = text(args.prompt_tokens + args.new_tokens, 1, args.device)
+    ids = text(model, args.prompt_tokens + args.new_tokens, 1, args.device)
 
     @torch.inference_mode()
     def run() -> float:
         model.eval()
         cache = DynamicCache(config=model.config)
-        options = {"past_key_values": cache, "prompt_lengths": torch.tensor([args.prompt_tokens])}
+        options = {"past_key_values": cache, "prompt_lengths": torch.full_like(ids[:, 0], args.prompt_tokens)}
         model(ids[:, : args.prompt_tokens], **options)
         seconds = []
         for place in range(args.prompt_tokens, ids.shape[1]):
@@ -167,10 +168,10 @@ def decoding(model: Any, args: argparse.Namespace) -> Callable[[], float]:
 
 def training(model: Any, args: argparse.Namespace) -> Callable[[], float]:
     """Return a function that makes a training step, without the optimiser's, and returns its seconds."""
-    ids = text(args.train_tokens, args.batch, args.device)
+    ids = text(model, args.train_tokens, args.batch, args.device)
     labels = ids.clone()
     labels[:, : args.train_tokens // 2] = -100
-    prompt_lengths = torch.full((args.batch,), args.train_tokens // 2)
+    prompt_lengths = torch.full_like(ids[:, 0], args.train_tokens // 2)
 
     def run() -> float:
         model.train()
