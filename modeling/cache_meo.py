@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from .errors_meo import RoutingError
+from .low_rank_meo import Mark
 from .segments_meo import Layout, Pool, advance, lay_out
 
 Maps = dict[str, tuple[Tensor, Tensor | None]]
@@ -50,7 +51,7 @@ class LayerRouting:
         self.answering = self.frozen = False
         self.frozen_at = 0
         self.merged: Maps = {}
-        self.mark: object = ()
+        self.mark = Mark()
         self.repeats = self.copies = 1
         self.shuffled = self.crowded = False
         self.seal()
@@ -63,7 +64,7 @@ class LayerRouting:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the merged experts behind in copies and files: they are derived."""
-        return {**self.__dict__, "merged": {}}
+        return {**self.__dict__, "merged": {}, "mark": Mark()}
 
     @property
     def rows(self) -> int | None:

@@ -28,13 +28,13 @@ from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
 from .families_meo import Family
 from .groups_meo import Groups, TaskGroups
-from .low_rank_meo import Adapted, mark_of
+from .low_rank_meo import Adapted, Mark, mark_of
 from .merger_meo import Linear, Merger, gated_at_once
 from .parallel_meo import own_tensors
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
 from .task_memory_meo import TaskMemory
-from .wrapped_meo import HostsExperts, adapted_maps, innermost
+from .wrapped_meo import HostsExperts, adapted_maps, chosen_in, innermost
 
 
 class MergedExperts(Merger, nn.Module):
@@ -184,6 +184,21 @@ class MeoFeedForward(HostsExperts, nn.Module):
             memory.refresh((*self._own_parameters(), *described), closely=closely)
         groups.share(self.tasks, memory, hidden_states.device)
 
+    def _mark(self) -> Mark:
+        """Return what merged experts would be merged with now."""
+        if not self._wrapped():
+            return Mark()
+        adapted = adapted_maps(self.experts)
+        if adapted is None:
+            return Mark(object())  # nobody knows: what was merged before is not used
+        values = [*self.experts.parameters(), *self.router.parameters()]
+        return mark_of(adapted, (chosen_in(self.experts), chosen_in(self.router)), values)
+
+    def _wrapped(self) -> bool:
+        """Whether an adapter, or a copy that is trained with one, is around experts or routers."""
+        routers = self.router.values() if isinstance(self.router, nn.ModuleDict) else (self.router,)
+        return not isinstance(self.experts, Merger) or not all(isinstance(router, MeoRouter) for router in routers)
+
     def _has_own_weights(self) -> bool:
         """Whether all weights are plain parameters: not a replica's, nor derived from others."""
         derived = any(hasattr(module, "parametrizations") for module in self.modules())
@@ -221,8 +236,7 @@ class MeoFeedForward(HostsExperts, nn.Module):
     def _linear_maps(self, call: Call, groups: Groups, source: str, cells: Tensor) -> dict[str, Linear]:
         """Return the linear maps whose gates read `source`, as functions of tokens [N, W, I]."""
         names = self.sources[source]
-        adapted = adapted_maps(self.experts)
-        groups.adapt(object() if adapted is None else mark_of(adapted))
+        groups.adapt(self._mark())
         known = all(name in groups.kept() for name in names)
         gates: dict[str, Gates] = {}
         if not (known and groups.settled):

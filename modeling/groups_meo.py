@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache_meo import LayerRouting, Maps
+from .low_rank_meo import Mark
 from .segments_meo import Layout, Pool, advance
 from .task_memory_meo import TaskMemory
 
@@ -65,10 +66,10 @@ class Groups:
         """Return the merged experts that the memory holds for these groups."""
         return self.memory.merged if self.memory is not None and self.keeps else {}
 
-    def adapt(self, mark: object) -> None:
-        """Forget what was merged with other adapters; `mark` tells one choice of them from another."""
+    def adapt(self, mark: Mark) -> None:
+        """Forget what was merged with other adapters, or other values of them."""
         store = self.store
-        if store is not None and store.mark != mark:
+        if store is not None and store.mark.is_stale(mark):
             store.merged, store.mark = {}, mark
 
     @property

@@ -6,7 +6,7 @@ I input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
 
     down: Tensor
     up: Tensor
-    scale: float
+    scale: float | Tensor
     bias: Tensor | None = None
     dropout: Callable[[Tensor], Tensor] | None = None
 
@@ -32,12 +32,13 @@ class LowRank(NamedTuple):
 class Adapted(NamedTuple):
     """What adapters make of a linear map: they add `parts`, and scale each expert's weight by `rows` [E, O].
 
-    `mark` tells one choice of adapters from another.
+    `mark` tells one choice of adapters from another, `made_of` are the parameters of those chosen.
     """
 
     parts: tuple[LowRank, ...] = ()
     rows: Tensor | None = None
     mark: tuple[Any, ...] = ()
+    made_of: tuple[Tensor, ...] = ()
 
     def half(self, number: int) -> Adapted:
         """Return what becomes of the first or second half of the outputs."""
@@ -46,16 +47,48 @@ class Adapted(NamedTuple):
             return None if x is None else x.chunk(2, 1)[number]
 
         parts = (part._replace(up=part.up.chunk(2, 1)[number], bias=cut(part.bias)) for part in self.parts)
-        return Adapted(tuple(parts), cut(self.rows), self.mark)
+        return Adapted(tuple(parts), cut(self.rows), self.mark, self.made_of)
 
     def scaled(self, stack: Tensor) -> Tensor:
         """Return the weights [E, O, I] with their rows scaled."""
         return stack if self.rows is None else stack * self.rows[..., None].to(stack.dtype)
 
 
-def mark_of(adapted: Mapping[str, Adapted]) -> tuple[Any, ...]:
-    """Return what tells one choice of adapters from another, () where there are none."""
-    return tuple((name, each.mark) for name, each in adapted.items())
+class Version:
+    """A tensor as it is now: equal to a later look at it unless it was written to, or has other memory."""
+
+    __slots__ = ("memory", "tensor", "writes")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # which also keeps its memory from being another's
+        self.memory = tensor.data_ptr()
+        self.writes = None if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Version) or self.tensor is not other.tensor:
+            return False
+        return (self.memory, self.writes) == (other.memory, other.writes)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Mark(NamedTuple):
+    """What merged experts were merged with: who was `chosen`, and `values` at that time, which a graph cannot hold."""
+
+    chosen: Any = ()
+    values: tuple[Version, ...] = ()
+
+    def is_stale(self, now: Mark) -> bool:
+        """Whether something else would be merged now."""
+        return self.chosen != now.chosen if torch.compiler.is_compiling() else self != now
+
+
+def mark_of(adapted: Mapping[str, Adapted], also: Any = (), others: Iterable[Tensor] = ()) -> Mark:
+    """Return the mark of adapters, of what is `also` chosen, and of `others` that are merged or decide about it."""
+    chosen = tuple((name, each.mark) for name, each in adapted.items())
+    if torch.compiler.is_compiling():
+        return Mark((chosen, also))
+    return Mark((chosen, also), tuple(map(Version, [*(p for each in adapted.values() for p in each.made_of), *others])))
 
 
 def low_rank_linear(x: Tensor, part: LowRank, gates: Gates, owner: Tensor | None) -> Tensor:

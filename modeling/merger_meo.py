@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .errors_meo import RoutingError
 from .groups_meo import Groups, TaskGroups
-from .low_rank_meo import Adapted, LowRank, low_rank_linear, mark_of, merged_part
+from .low_rank_meo import Adapted, LowRank, low_rank_linear, merged_part
 from .merged_linear_meo import gated_linear, merged_linear
 from .merging_meo import grouped_linear, merge_experts, owned_linear
 from .parallel_meo import Shards
@@ -85,7 +85,6 @@ class Merger:
         adapted: Mapping[str, Adapted],
     ) -> dict[str, Linear]:
         """Return linear maps of the experts, or of the part of them that this process holds."""
-        groups.adapt(mark_of(adapted))
         kept = groups.kept()
         if all(name in kept for name in names):
             if groups.changed and not groups.settled:

@@ -16,13 +16,13 @@ from transformers import initialization as init
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from .groups_meo import Groups
-from .low_rank_meo import Adapted
+from .low_rank_meo import Adapted, Mark
 from .merger_meo import Linear, Merger
 from .moe_families_meo import MoeFamily
 from .moe_meo import GroupRouter, MergedExpertsMixin, Site
 from .router_meo import Gates
 from .routing_meo import Call
-from .wrapped_meo import HostsExperts
+from .wrapped_meo import HostsExperts, adapted_maps
 
 
 class DbrxRouting(GroupRouter):
@@ -159,6 +159,11 @@ class JetMoeBlock(HostsExperts, MergedExpertsMixin):
     output_linear: Any
 
     maps = ()  # they are its linear modules'
+
+    def _mark(self, adapted: Mapping[str, Adapted], router: Any) -> Mark:
+        found = {f"{name}.{path}": each for name in ("input_linear", "output_linear")
+                 for path, each in (adapted_maps(getattr(self, name)) or {}).items()}  # fmt: skip
+        return super()._mark(found, router)
 
     def forward(self, layer_input: Tensor) -> Tensor:  # type: ignore[override]
         """Run tokens [B, S, D]."""

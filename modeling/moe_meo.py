@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors_meo import RoutingError
 from .groups_meo import Groups
-from .low_rank_meo import Adapted
+from .low_rank_meo import Adapted, Mark, mark_of
 from .merger_meo import Linear, Merger, gated_at_once
 from .router_meo import Gates
 from .routing_meo import Call, RoutingContext
@@ -43,6 +43,7 @@ class Routed:
     """What a router leaves for its experts in one call: the groups, and the gates of an answer that follows."""
 
     groups: Groups
+    router: Any = None
     answer: Groups | None = None
     answer_gates: tuple[Tensor, Tensor] | None = None
 
@@ -80,7 +81,7 @@ class GroupRouter:
             choose = functools.partial(_route_mean, weights.shape[-1])
             _, weights, index = choose(read)
         groups.close()
-        routed = Routed(groups)
+        routed = Routed(groups, self)
         causal = call.causal
         if causal is not None and causal.prompt_end is not None and causal.keeps:
             routed.answer = causal.answer(self._meo.layer)
@@ -157,6 +158,10 @@ class MergedExpertsMixin(Merger):
         gates, scale, identity = self._normalise(top_k_index, top_k_weights)
         if self.training and self.tally is not None:
             self.tally.add(gates, routed.groups.real(), None)
+        mark = self._mark(adapted or {}, routed.router)
+        for formed in (routed.groups, routed.answer):
+            if formed is not None:
+                formed.adapt(mark)
         y = self._weigh(x, self._run(call, routed.groups, gates, adapted), scale[:, None, None])
         if identity is not None:
             y = y + identity[:, None, None] * x
@@ -166,6 +171,11 @@ class MergedExpertsMixin(Merger):
             answer, _, _ = self._normalise(index, weights)
             self._prepare(call, routed.answer, answer, adapted)
         return y.reshape(*hidden_states.shape[:-1], y.shape[-1])
+
+    def _mark(self, adapted: Mapping[str, Adapted], router: Any) -> Mark:
+        """Return what experts are merged with: copies of a router or of experts that adapters train are others."""
+        values = [*self.parameters(), *router.parameters()] if adapted else ()  # type: ignore[attr-defined]
+        return mark_of(adapted, (id(self), id(router)), values)
 
     @property
     def maps(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -57,10 +57,17 @@ def tell_untouched(model: nn.Module, configs: dict[str, Any]) -> None:
     paths = dict(model.named_modules())
     stacks: dict[str, int] = {}
     for path, module in paths.items():
-        if isinstance(module, Merger) and isinstance(module, nn.Module) and not _wrapped(paths, path):
+        copied = ".modules_to_save." in path or path.endswith(".original_module")  # PEFT trains a copy as it is
+        if isinstance(module, Merger) and isinstance(module, nn.Module) and not (copied or _wrapped(paths, path)):
             stacks |= {f"{path}.{name}": p.numel() for name, p in module.named_parameters(recurse=False)}
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    level = getattr(getattr(model, "_meo_context", None), "settings", None)
     for adapter, config in configs.items():
+        if getattr(level, "level", None) == "task" and getattr(config, "task_type", None) is not None:
+            logger.warning(
+                f"Adapter {adapter!r} has a task_type, and PEFT's model for it keeps `task_ids` to itself: leave "
+                "task_type out (None), or this model sees no task but the one of `set_task`."
+            )
         if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
             continue
         missing = _missing(config, list(paths))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache_meo import Maps
+from .low_rank_meo import Mark
 
 SAMPLES = 64
 
@@ -30,7 +31,7 @@ class TaskMemory:
     def forget(self) -> None:
         """Drop everything."""
         self.merged: dict[int | None, Maps] = {}
-        self.mark: object = ()
+        self.mark = Mark()
         self.crowded = False
         self._marks: Any = None
         self._samples: list[Tensor] = []

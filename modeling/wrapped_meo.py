@@ -27,12 +27,25 @@ class HostsExperts:
         super().__setattr__(name, value)
 
 
-class Peeling:
-    """What a wrapper of experts adds to hand its factors on."""
+class Peeling(HostsExperts):
+    """What a wrapper of experts adds to hand its factors on, and to count how often it changed the weights."""
 
     parameter_name: str
     base_layer: Any
     merged_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    changes: int = 0
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does."""
+        self.changes += 1
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        """Unmerge as PEFT does."""
+        self.changes += 1
+        super().unmerge()  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the experts with what all wrappers around them add."""
@@ -58,15 +71,17 @@ def adapted_maps(wrapper: Any) -> dict[str, Adapted] | None:
     """Return by parameter what the wrappers around experts add; None where PEFT's own way must be gone."""
     found: dict[str, Adapted] = {}
     while is_wrapper(wrapper):
-        if wrapper.disable_adapters or not isinstance(wrapper, Peeling):
+        if not isinstance(wrapper, Peeling) or (wrapper.disable_adapters and wrapper.merged):
             return None
-        merged = tuple(wrapper.merged_adapters)
-        own = getattr(wrapper, "adapted", None)  # a wrapper of our own knows more than PEFT's layout
-        adapted = Adapted(mark=merged) if merged else stock_parts(wrapper) if own is None else own()
+        adapted: Adapted | None = Adapted()
+        if not wrapper.merged and not wrapper.disable_adapters:
+            own = getattr(wrapper, "adapted", None)  # a wrapper of our own knows more than PEFT's layout
+            adapted = stock_parts(wrapper) if own is None else own()
         if adapted is None:
             return None
-        if adapted.mark:
-            found[wrapper.parameter_name] = adapted
+        found[wrapper.parameter_name] = adapted._replace(
+            mark=(adapted.mark, tuple(wrapper.merged_adapters), wrapper.changes)
+        )
         wrapper = wrapper.base_layer
     return found
 
@@ -76,8 +91,24 @@ def stock_parts(wrapper: Any) -> Adapted | None:
     if wrapper.get_param().dim() != 3 or not wrapper.get_param().is_floating_point():
         return None
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-    scales = [(name, wrapper.scaling[name]) for name in names]
-    return Adapted(tuple(LowRank(*stock_factors(wrapper, name), scale) for name, scale in scales), mark=tuple(scales))
+    scales = tuple((name, wrapper.scaling[name]) for name in names)
+    parts = tuple(LowRank(*stock_factors(wrapper, name), scale) for name, scale in scales)
+    made_of = [factors[name].weight for name in names for factors in (wrapper.lora_A, wrapper.lora_B)]
+    made_of += [scale for _, scale in scales if isinstance(scale, Tensor)]  # where hot-swapping was prepared for
+    mark = tuple((name, None if isinstance(scale, Tensor) else scale) for name, scale in scales)
+    return Adapted(parts, None, mark, tuple(made_of))
+
+
+def chosen_in(module: Any) -> tuple[Any, ...]:
+    """Return what PEFT's wrappers around a module, or a dict of them, have chosen; () where there are none."""
+    if isinstance(module, nn.ModuleDict):
+        return tuple(chosen_in(each) for each in module.values())
+    found = []
+    while hasattr(module, "disable_adapters"):
+        merged = tuple(getattr(module, "merged_adapters", ()))
+        found.append((module.disable_adapters, tuple(module.active_adapters), merged))
+        module = getattr(module, "base_layer", None)
+    return tuple(found)
 
 
 def stock_factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contracts import SCOPES, Case, assert_close, assert_differs, logits_of
+from meo_hf.modeling.cache_meo import routings
 from meo_hf.modeling.families_meo import FAMILIES
 from meo_hf.modeling.merger_meo import Merger
 from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
@@ -442,3 +444,127 @@ def test_an_old_file_of_experts_one_by_one_is_read(tmp_path: Path) -> None:
     expected = logits_of(case.merged(merged), inputs)
     assert_close(logits_of(peft, inputs), expected, tolerance(case))
     assert_differs(expected, logits_of(case.merged(stock), inputs))
+
+
+def continued(peft: PeftModel, ids: Tensor, change: Any) -> None:
+    """Fail unless a KV cache that outlives a change goes on as a copy of it does, which has nothing merged."""
+    lengths = {"prompt_lengths": torch.full_like(ids[:, 0], ids.shape[1])}
+    with torch.no_grad():
+        cache = peft(input_ids=ids, use_cache=True, **lengths).past_key_values
+        before = peft(input_ids=ids[:, :1], past_key_values=cache).logits
+        assert all(routing.merged for routing in routings(cache))
+        change()
+        twin = copy.deepcopy(cache)
+        found, expected = (peft(input_ids=ids[:, :1], past_key_values=each).logits for each in (cache, twin))
+    assert_close(found, expected)
+    assert_differs(found, before, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "other adapter", "disabled", "merged anew", "routers disabled", "experts disabled"]
+)
+def test_a_cache_outlives_changes_of_adapters(change: str) -> None:
+    model, ids = model_of(Case("llama", "sequence")), Case("llama", "sequence").inputs()["input_ids"]
+    if change == "experts disabled":
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"])
+        peft = get_peft_model(model, config).eval()
+        changed = [p for name, p in peft.named_parameters() if ".experts.modules_to_save." in name]
+    elif change == "routers disabled":
+        peft = adapted(model, trainable="routers").eval()
+        changed = [p for name, p in peft.named_parameters() if ".modules_to_save." in name and "noise" not in name]
+    else:
+        peft, changed = adapted(model), []
+    with torch.no_grad():
+        for parameter in changed:
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    if change == "other adapter":
+        torch.manual_seed(2)
+        peft.add_adapter("other", MeoLoraConfig(r=2, init_lora_weights=False))
+        continued(peft, ids, lambda: (peft.delete_adapter("default"), peft.set_adapter("other")))
+    elif change == "weights":
+        continued(peft, ids, lambda: stirred(peft, 11))
+    elif change == "merged anew":
+        peft.merge_adapter()
+        continued(peft, ids, lambda: (peft.unmerge_adapter(), stirred(peft, 11), peft.merge_adapter()))
+    else:
+        with contextlib.ExitStack() as stack:
+            continued(peft, ids, lambda: stack.enter_context(peft.disable_adapter()))
+
+
+@pytest.mark.parametrize("trained", ["routers", "experts"])
+def test_kept_tasks_follow_copies_that_are_trained(trained: str) -> None:
+    case = Case("bert", "task")
+    model, inputs = model_of(case), case.inputs()
+    base = logits_of(model, inputs)
+    if trained == "routers":
+        peft = adapted(model, trainable="routers").eval()
+    else:
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["experts"])).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert_differs(logits_of(peft, inputs), base)
+    with peft.disable_adapter():
+        assert torch.equal(logits_of(peft, inputs), base)
+
+
+def test_further_adapters_name_the_same_maps() -> None:
+    peft = adapted(model_of(Case("llama", "segment")), target_modules=["down"])
+    inputs = Case("llama", "segment").inputs()
+    found = logits_of(peft, inputs)
+    with pytest.raises(ValueError, match="same set of parameters"):
+        peft.add_adapter("both", MeoLoraConfig(r=2))
+    assert torch.equal(logits_of(peft, inputs), found)
+    plain = get_peft_model(
+        model_of(Case("llama", "segment")), LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    )
+    with pytest.raises(ValueError, match="peft types"):
+        plain.add_adapter("ours", MeoLoraConfig(r=2, target_modules=["down"]))
+    stock = model_of(Case("llama", "segment"))
+    names = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)]
+    stock.add_adapter(LoraConfig(r=2, target_modules=[], target_parameters=names), "one")
+    with pytest.raises(UsageError, match="a plain LoRA holds"):
+        stock.add_adapter(MeoLoraConfig(r=2, scope="shared", target_modules=["down"]), "two")
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"layers_to_transform": [1]}, {"encoder.block.1", "decoder.block.1"}),
+        ({"exclude_modules": ".*encoder.*"}, {"decoder.block.0", "decoder.block.1"}),
+        ({"layers_to_transform": [0], "layers_pattern": "layer", "exclude_modules": ["experts"]}, None),
+    ],
+)
+def test_experts_of_chosen_layers(options: dict[str, Any], left: set[str] | None) -> None:
+    if left is None:
+        with pytest.raises(UsageError, match="no experts"):
+            adapted(model_of(Case("t5", "sequence")), target_modules=["down"], **options)
+        return
+    peft = adapted(model_of(Case("t5", "sequence")), target_modules=["down"], **options)
+    names = [n for n, _ in peft.base_model.model.named_parameters() if ".lora_A" in n]
+    assert {".".join(name.split(".")[:3]) for name in names} == left
+
+
+def test_rows_without_magnitude_come_back() -> None:
+    case = Case("llama", "segment")
+    peft, inputs = adapted(model_of(case), use_dora=True), case.inputs()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "magnitude" in name:
+                parameter[:, ::3] = 0
+    with peft.disable_adapter():
+        base = logits_of(peft, inputs)
+    found = logits_of(peft, inputs)
+    peft.merge_adapter()
+    assert_close(logits_of(peft, inputs), found)
+    peft.unmerge_adapter()
+    with peft.disable_adapter():
+        assert_close(logits_of(peft, inputs), base)
+
+
+def test_a_task_type_at_level_task_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("transformers").propagate = logging.getLogger("meo_hf").propagate = True
+    with caplog.at_level(logging.WARNING):
+        adapted(model_of(Case("bert", "task")), task_type="TOKEN_CLS")
+    assert any("keeps `task_ids` to itself" in record.message for record in caplog.records)

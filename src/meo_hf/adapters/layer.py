@@ -19,6 +19,9 @@ from meo_hf.adapters.config import MeoLoraConfig
 from meo_hf.errors import UsageError
 from meo_hf.modeling.low_rank_meo import Adapted, LowRank
 
+FAINT = 1e-3
+"""DoRA's scale below which a row of weights cannot be told from what was merged: such rows are kept."""
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -56,6 +59,8 @@ class ParamWrapper(StockWrapper):
         self.lora_expert_bias = nn.ParameterDict()
         self.experts_of: dict[str, int] = {}
         self._merged_rows: dict[str, Tensor] = {}
+        self._merged_scaling: dict[str, float] = {}
+        self._lost: tuple[Tensor, Tensor] | None = None
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     @property
@@ -86,10 +91,10 @@ class ParamWrapper(StockWrapper):
         if config.lora_bias:
             self.lora_expert_bias[adapter_name] = nn.Parameter(torch.zeros(experts, outputs))
         if config.use_dora:
-            known = not self.factors(adapter_name)[0].is_meta  # else a file fills it
-            lengths = self._lengths(adapter_name) if known else torch.empty(self.num_experts, outputs)
-            self.lora_magnitude_vector[adapter_name] = Magnitude(lengths)
+            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.empty(self.num_experts, outputs))
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora and not self.factors(adapter_name)[0].is_meta:  # else a file fills it
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self._lengths(adapter_name))  # as exact as it was
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -106,6 +111,7 @@ class ParamWrapper(StockWrapper):
         parts, rows = [], None
         for name in names:
             (down, up), dropout = self.factors(name), None
+            scaling = self._merged_scaling.get(name, self.scaling[name])
             if drops and self.training and isinstance(self.lora_dropout[name], nn.Dropout):
                 dropout = self.lora_dropout[name]
             if name in self.lora_magnitude_vector:
@@ -113,8 +119,14 @@ class ParamWrapper(StockWrapper):
                 rows = scale if rows is None else rows + scale - 1
                 up = up * scale.to(up.dtype)[..., None]
                 down = down.expand(len(up), -1, -1)
-            parts.append(LowRank(down, up, self.scaling[name], self.lora_expert_bias.get(name), dropout))
-        return Adapted(tuple(parts), rows, tuple((name, self.scaling[name]) for name in names))
+            parts.append(LowRank(down, up, scaling, self.lora_expert_bias.get(name), dropout))
+        made_of = tuple(p for name in names for p in self._parameters_of(name))
+        return Adapted(tuple(parts), rows, tuple((name, self.scaling[name]) for name in names), made_of)
+
+    def _parameters_of(self, name: str) -> list[Tensor]:
+        held = [getattr(self, kind) for kind in self.adapter_layer_names]
+        found = [each[name] for each in held if isinstance(each, (nn.ModuleDict, nn.ParameterDict)) and name in each]
+        return [p for each in found for p in ([each] if isinstance(each, Tensor) else each.parameters())]
 
     def _row_scale(self, name: str) -> Tensor:
         """Return by what DoRA scales each row [E, O]: its magnitude over its length, which gets no gradient."""
@@ -167,9 +179,12 @@ class ParamWrapper(StockWrapper):
             if not torch.isfinite(changed).all():
                 raise ValueError(f"{', '.join(names)} would make weights that are not finite: the adapter is broken")
         scales = {name: self._row_scale(name) for name in names if name in self.lora_magnitude_vector}
+        if adapted.rows is not None and bool((lost := adapted.rows.abs() < FAINT).any()):
+            self._lost = lost, self._weight()[lost].clone()
         self._change(self._weight(), adapted, 1)
         self._change_bias(bias, adapted, 1)
         self._merged_rows |= scales
+        self._merged_scaling |= {name: self.scaling[name] for name in names}
         self.merged_adapters += names
 
     @torch.no_grad()
@@ -178,8 +193,12 @@ class ParamWrapper(StockWrapper):
         adapted = self._adapted([name for name in self.merged_adapters if name in self.lora_A])
         self._change(self._weight(), adapted, -1)
         self._change_bias(getattr(self.get_base_layer(), f"{self.parameter_name}_bias", None), adapted, -1)
+        if self._lost is not None:
+            self._weight()[self._lost[0]] = self._lost[1]
+        self._lost = None
         self.merged_adapters.clear()
         self._merged_rows.clear()
+        self._merged_scaling.clear()
 
     @staticmethod
     def _change(weight: Tensor, adapted: Adapted, sign: int) -> None:
@@ -201,7 +220,7 @@ class ParamWrapper(StockWrapper):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        for held in (self.experts_of, self._merged_rows):
+        for held in (self.experts_of, self._merged_rows, self._merged_scaling):
             held.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

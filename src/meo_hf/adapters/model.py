@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import ParamWrapper as StockWrapper
 from peft.tuners.lora.model import LoraModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -25,6 +26,21 @@ class MeoLoraModel(LoraModel):
 
     Raises UsageError where nothing would be trained.
     """
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(resolve(config, self.model))
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        if parameter_name is not None and isinstance(target, StockWrapper) and not isinstance(target, ParamWrapper):
+            raise UsageError(
+                f"a plain LoRA holds {current_key}: add a LoraConfig, or begin with MeoLoraConfig.from_pretrained"
+            )
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+        )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return resolve(peft_config, self.model)
@@ -84,14 +100,32 @@ def resolve(config: MeoLoraConfig, model: nn.Module) -> MeoLoraConfig:
 
 
 def _chosen(config: MeoLoraConfig, found: list[str], role: str) -> list[str]:
-    layers = config.layers_to_transform
+    layers, excluded = config.layers_to_transform, config.exclude_modules
     if layers is not None:
-        wanted = {str(layer) for layer in ([layers] if isinstance(layers, int) else layers)}
-        found = [name for name in found if wanted & set(name.split("."))]
+        wanted = [layers] if isinstance(layers, int) else layers
+        found = [name for name in found if _layer(name, config.layers_pattern) in wanted]
+    if excluded:
+        found = [name for name in found if not _is_excluded(name.rpartition(".")[0], excluded)]
     if not found:
         where = "" if layers is None else f" in layers {layers}"
+        where += f" that exclude_modules={excluded} leaves" if excluded else ""
         raise UsageError(f"there are no experts{where} for target {role!r}: is this a MEO model?")
     return found
+
+
+def _layer(name: str, patterns: list[str] | str | None) -> int | None:
+    """Return the number of the layer that a name leads through: the first in it, or the one behind a pattern."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:
+        match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)
+        if match is not None:
+            return int(match.group(1))
+    return None
+
+
+def _is_excluded(path: str, excluded: list[str] | str) -> bool:
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in excluded)
 
 
 def summary(model: nn.Module, config: MeoLoraConfig, adapter_name: str) -> str:

@@ -92,7 +92,9 @@ class Usage:
         """
         loads = []
         for layer, tally in self._tallies.items():
-            loads.append(_load(layer, self._of_all(tally.sums)))
+            load = _load(layer, self._of_all(tally.sums))
+            if load.groups or not (".original_module" in layer or ".modules_to_save." in layer):
+                loads.append(load)  # of an adapter's copies those at work
             tally.sums.zero_()
         balance = None
         if self._balance is not None:
