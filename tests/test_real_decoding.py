@@ -19,7 +19,7 @@ from meo_hf import convert
 
 pytestmark = pytest.mark.xdist_group("real_decoding")  # one worker: the model is made once
 LONG = bool(os.environ.get("MEO_LONG"))
-TOKENS = 200 if LONG else 24
+TOKENS = 200 if LONG else 16
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, in a village by the sea, there lived an old fisherman who had never",
@@ -52,8 +52,7 @@ def model(folder: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("routing", ["prompt", "segment"])
-@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize(("routing", "beams"), [("prompt", 1), ("segment", 4)])
 def test_batch_of_prompts_is_each_alone(model: PreTrainedModel, folder: Path, routing: str, beams: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=True)
     prompts = PROMPTS if LONG else PROMPTS[:3]
