@@ -45,11 +45,7 @@ def section(folder: Path) -> str | None:
     start = next((entry for entry in entries if entry["key"]["arm"] == "start"), None)
     if not runs or start is None:
         return None
-    arms: dict[str, Chosen] = {}
-    for name in [name for stage in STAGES for name in stage]:
-        own = [entry for entry in runs if entry["key"]["arm"] == name]
-        if chosen := Chosen.of(name, own, RATES, lambda result: result["validation"]):
-            arms[name] = chosen
+    arms = _arms(runs)
     settings, before = runs[0]["key"]["settings"], start["result"]
     tokens = settings["rows"] * settings["window"] / 1e6
     text = INTRODUCTION.format(
@@ -77,6 +73,26 @@ def section(folder: Path) -> str | None:
     if gated:
         parts.append(_gates(gated))
     return "\n".join(part for part in parts if part)
+
+
+def summary(folder: Path) -> str | None:
+    """Return a line of perplexities relative to the dense model's, and to a mixture's."""
+    arms = _arms([entry for entry in Ledger(folder / "lm.jsonl") if entry["key"]["arm"] in ARMS])
+    told = [
+        f"{one.first.name} / {one.second.name} {one.ratio:.3f} ({one.verdict})"
+        for one in differences(_pairs(arms, (*WHOLE[:5], ANSWERS[0])), "windows")
+    ]
+    return f"- Language model, perplexity as a ratio: {', '.join(told)}." if told else None
+
+
+def _arms(runs: Sequence[Entry]) -> dict[str, Chosen]:
+    """Return the runs of each arm at the rate that was chosen for it."""
+    arms: dict[str, Chosen] = {}
+    for name in [name for stage in STAGES for name in stage]:
+        own = [entry for entry in runs if entry["key"]["arm"] == name]
+        if chosen := Chosen.of(name, own, RATES, lambda result: result["validation"]):
+            arms[name] = chosen
+    return arms
 
 
 WHOLE = (

@@ -47,6 +47,14 @@ def section(folder: Path) -> str | None:
     return "\n".join(parts)
 
 
+def summary(folder: Path) -> str | None:
+    """Return the last line of the reading, of the largest fraction that was recovered."""
+    entries = list(Ledger(folder / "moe.jsonl"))
+    plain = {entry["key"]["row"]: entry["result"] for entry in entries if entry["key"]["fraction"] == 0}
+    lines = _reading(_chosen([entry for entry in entries if entry["key"]["fraction"]]), plain).splitlines()
+    return f"- A mixture of experts recovered, perplexity. {lines[-1].removeprefix('- ')}" if lines else None
+
+
 def _plain(plain: dict[str, dict[str, float]]) -> str:
     rows = [
         [
