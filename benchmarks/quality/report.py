@@ -22,8 +22,8 @@ INTRODUCTION = """# Results
 What MEO models score, beside dense models and mixtures of experts that were trained alike. All numbers come from the
 ledgers in [benchmarks/quality](../benchmarks/quality), one JSON line per run;
 `python benchmarks/quality/report.py` writes this page from them. The models are small and so are the sets: read it as
-evidence about these, not about large models. What to hold it against: the paper reports 83.3 for MEO of level `token` and
-82.6 for a mixture of experts as GLUE averages of BERT-small, at 0.4 of the mixture's FLOPs.
+evidence about these, not about large models. What to hold it against: the paper reports GLUE averages of 83.3 for
+MEO of level `token` and 82.6 for a mixture of experts, at 0.4 of the mixture's FLOPs.
 """
 
 
