@@ -61,7 +61,7 @@ class Version:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor  # which also keeps its memory from being another's
-        self.memory = tensor.data_ptr()
+        self.memory = tensor.data_ptr() if type(tensor.data) is Tensor else 0  # others may have none of their own
         self.writes = None if tensor.is_inference() else tensor._version
 
     def __eq__(self, other: object) -> bool:
