@@ -74,7 +74,7 @@ def summary(folder: Path) -> str | None:
 def _studies(folder: Path) -> Iterator[tuple[tuple[Any, ...], list[Entry], list[ArmRuns], Costs]]:
     for study, own in by_study(list(Ledger(folder / "classification.jsonl"))).items():
         found = [runs for arm in MAIN if (runs := arm_runs(own, arm)) is not None]
-        if found:
+        if len(found) > 1:  # one arm alone says nothing
             yield study, own, found, Costs(folder / "costs.jsonl", study[0], study[1])
 
 
