@@ -122,7 +122,7 @@ def as_peft(model: Any) -> Any:
     """Let PEFT's wrappers run as they would anywhere else."""
     for module in model.modules():
         if hasattr(module, "parameter_name"):
-            module.__class__ = type(module).__mro__[2]
+            module.__class__ = next(base for base in type(module).__mro__ if base.__module__.startswith("peft."))
     return model
 
 
