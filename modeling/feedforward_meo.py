@@ -184,14 +184,13 @@ class MeoFeedForward(HostsExperts, nn.Module):
             memory.refresh((*self._own_parameters(), *described), closely=closely)
         groups.share(self.tasks, memory, hidden_states.device)
 
-    def _mark(self) -> Mark:
+    def _mark(self, adapted: dict[str, Adapted] | None) -> Mark:
         """Return what merged experts would be merged with now."""
         if not self._wrapped():
             return Mark()
-        adapted = adapted_maps(self.experts)
         if adapted is None:
             return Mark(object())  # nobody knows: what was merged before is not used
-        values = [*self.experts.parameters(), *self.router.parameters()]
+        values = [*innermost(self.experts).parameters(), *self.router.parameters()]  # adapters bring their own
         return mark_of(adapted, (chosen_in(self.experts), chosen_in(self.router)), values)
 
     def _wrapped(self) -> bool:
@@ -236,13 +235,16 @@ class MeoFeedForward(HostsExperts, nn.Module):
     def _linear_maps(self, call: Call, groups: Groups, source: str, cells: Tensor) -> dict[str, Linear]:
         """Return the linear maps whose gates read `source`, as functions of tokens [N, W, I]."""
         names = self.sources[source]
-        groups.adapt(self._mark())
+        adapted = adapted_maps(self.experts)
+        groups.adapt(self._mark(adapted))
         known = all(name in groups.kept() for name in names)
         gates: dict[str, Gates] = {}
         if not (known and groups.settled):
             inputs = groups.read(source, cells).to(cells.device)
             if not known or groups.changed:
                 gates = self._gates(source, inputs, call, groups)
+        if adapted:  # what its wrappers would find again
+            return innermost(self.experts)(call, groups, names, gates, bool(self.chunk_size), adapted)
         return self.experts(call, groups, names, gates, bool(self.chunk_size))
 
     def _gates(self, source: str, inputs: Tensor, call: Call, groups: Groups) -> dict[str, Gates]:

@@ -92,7 +92,7 @@ def stock_parts(wrapper: Any) -> Adapted | None:
         return None
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     scales = tuple((name, wrapper.scaling[name]) for name in names)
-    parts = tuple(LowRank(*stock_factors(wrapper, name), scale) for name, scale in scales)
+    parts = tuple(LowRank(*factors_of(wrapper, name, wrapper.num_experts), scale) for name, scale in scales)
     made_of = [factors[name].weight for name in names for factors in (wrapper.lora_A, wrapper.lora_B)]
     made_of += [scale for _, scale in scales if isinstance(scale, Tensor)]  # where hot-swapping was prepared for
     mark = tuple((name, None if isinstance(scale, Tensor) else scale) for name, scale in scales)
@@ -111,9 +111,9 @@ def chosen_in(module: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def stock_factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
+def factors_of(wrapper: Any, name: str, experts: int) -> tuple[Tensor, Tensor]:
     """Return A [E, R, I] and B [E, O, R] of an adapter."""
-    down, up, experts = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    down, up = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
     return down.unflatten(0, (experts, -1)), up.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 

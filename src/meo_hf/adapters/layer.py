@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meo_hf.adapters.config import MeoLoraConfig
 from meo_hf.errors import UsageError
 from meo_hf.modeling.low_rank_meo import Adapted, LowRank
+from meo_hf.modeling.wrapped_meo import factors_of
 
 FAINT = 1e-3
 """DoRA's scale below which a row of weights cannot be told from what was merged: such rows are kept."""
@@ -99,9 +100,7 @@ class ParamWrapper(StockWrapper):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A [E, R, I] and B [E, O, R] of an adapter: A by experts, B by ranks, as in PEFT's own layout."""
-        experts = self.experts_of[name]
-        down, up = (cast(nn.Linear, factor[name]).weight for factor in (self.lora_A, self.lora_B))
-        return down.unflatten(0, (experts, -1)), up.unflatten(1, (-1, experts)).permute(2, 0, 1)
+        return factors_of(self, name, self.experts_of[name])
 
     def adapted(self) -> Adapted:
         """Return what the active adapters make of the stack; merging blocks ask for it."""

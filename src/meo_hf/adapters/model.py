@@ -15,8 +15,9 @@ from transformers.utils import logging
 
 from meo_hf.adapters.config import PEFT_TYPE, MeoLoraConfig
 from meo_hf.adapters.layer import ParamWrapper
-from meo_hf.adapters.targets import ROLES, mergers, routers, stacks
+from meo_hf.adapters.targets import ROLES, routers, stacks
 from meo_hf.errors import UsageError
+from meo_hf.modeling.wrapped_meo import innermost
 
 logger = logging.get_logger(__name__)
 
@@ -59,20 +60,13 @@ class MeoLoraModel(LoraModel):
     @staticmethod
     def _create_new_module(lora_config: MeoLoraConfig, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
         name = kwargs.pop("parameter_name", None)
-        if name is not None and any(module is innermost(target) for _, module in mergers(innermost(target))):
+        if name is not None and hasattr(innermost(target), "merged_maps"):
             return ParamWrapper(target, adapter_name, parameter_name=name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, parameter_name=name, **kwargs)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if not config.inference_mode:
             logger.warning(summary(model, config, adapter_name))
-
-
-def innermost(module: Any) -> Any:
-    """Return what wrappers are around."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def resolve(config: MeoLoraConfig, model: nn.Module) -> MeoLoraConfig:
