@@ -43,6 +43,11 @@ class Block:
             return ("gate_proj", "up_proj", "down_proj")
         return ("gate_up_proj" if self.gated else "up_proj", "down_proj")
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Paths on the owner by the names of linear maps."""
+        return dict(zip(self.maps, (*self.up, self.down), strict=True))
+
     def projection(self, path: str) -> nn.Linear:
         """Return a projection by its path on the owner; GPT-2's Conv1D passes for a linear map here."""
         return cast(nn.Linear, self.owner.get_submodule(path))

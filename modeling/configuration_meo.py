@@ -22,6 +22,7 @@ GATE_SCOPES = ("ffn", "projection")
 COMBINES = ("weights", "outputs")
 ROUTERS = ("noisy_top_k", "top_k")
 ROUTINGS = ("segment", "prompt")
+FORMATS = ("full", "lowrank")
 
 
 @dataclass
@@ -37,7 +38,10 @@ class MeoSettings:
     of level `sequence` and `token`) or refreshed with each segment (`segment`). `merged_cache_bytes` bounds what
     merged experts take beside a KV cache; None means a quarter of the free memory. `source` holds id and commit of the
     source checkpoint, `meo_hf_version` the version that wrote the block. `weights` names a repository and commit, or a
-    folder and its files, where the weights of a mixture of experts have stayed.
+    folder and its files, where the weights of a mixture of experts have stayed. With `expert_format` `lowrank` an expert
+    is W_0 + B_i A_i: `expert_ranks` gives, by the ending of a linear map's path in the base model, the rank of its
+    B_i A_i; the longest ending counts, a map that none fits has none, and a feed-forward without any stays dense. At
+    level `task` it may name maps outside of feed-forwards too.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -59,6 +63,8 @@ class MeoSettings:
     task_descriptions: list[list[int]] | None = None
     source: dict[str, str | None] | None = None
     weights: dict[str, Any] | None = None
+    expert_format: str = "full"
+    expert_ranks: dict[str, int] | None = None
     meo_hf_version: str | None = None
 
     @classmethod
@@ -86,6 +92,8 @@ class MeoSettings:
         _one_of("level", self.level, (None, "segment", "sequence", "token", "task"))
         _one_of("routing", self.routing, (None, *ROUTINGS))
         _one_of("pooling", self.pooling, (None, *POOLINGS))
+        _one_of("expert_format", self.expert_format, FORMATS)
+        self._validate_ranks()
         _at_least("num_experts", self.num_experts, 1)
         _at_least("top_k", self.top_k, 1)
         if self.top_k > self.num_experts:
@@ -108,6 +116,22 @@ class MeoSettings:
         ):
             raise MeoConfigError(f"layers is {self.layers!r}; give indices >= 0, or null for all layers")
 
+    def _validate_ranks(self) -> None:
+        ranks = self.expert_ranks
+        if self.expert_format == "full":
+            if ranks is not None:
+                raise MeoConfigError("expert_ranks has no effect with expert_format 'full': leave it out")
+            return
+        if not isinstance(ranks, dict) or not ranks or not all(isinstance(name, str) and name for name in ranks):
+            raise MeoConfigError(f"expert_ranks is {ranks!r}; give a rank for each linear map, like {{'down_proj': 16}}")
+        for name, rank in ranks.items():
+            _at_least(f"expert_ranks[{name!r}]", rank, 1)
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the experts' parts of a linear map, 0 where it has none."""
+        found = [name for name in self.expert_ranks or () if f".{path}".endswith(f".{name}")]
+        return (self.expert_ranks or {})[max(found, key=len)] if found else 0
+
     def _validate_descriptions(self) -> None:
         texts = self.task_descriptions
         if texts is None:
@@ -122,8 +146,9 @@ class MeoSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the block as plain JSON values; some only where they say something."""
-        rare = ("pooling", "weights", "task_descriptions")
-        return {k: v for k, v in asdict(self).items() if v is not None or k not in rare}
+        rare = ("pooling", "weights", "task_descriptions", "expert_ranks")
+        full = {"expert_format": "full"}
+        return {k: v for k, v in asdict(self).items() if (v is not None or k not in rare) and full.get(k) != v}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

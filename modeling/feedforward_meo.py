@@ -28,7 +28,7 @@ from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
 from .families_meo import Family
 from .groups_meo import Groups, TaskGroups
-from .low_rank_meo import Adapted, Mark, mark_of
+from .low_rank_meo import Adapted, Factors, Mark, mark_of
 from .merger_meo import Linear, Merger, gated_at_once
 from .parallel_meo import own_tensors
 from .router_meo import Gates, MeoRouter
@@ -41,12 +41,14 @@ class MergedExperts(Merger, nn.Module):
     """All experts of a feed-forward, stacked; same names and orientation as Transformers' MoE experts.
 
     `gate_up_proj` [E, 2F, D] (gate first) or `up_proj` [E, F, D], `down_proj` [E, D, F], and `..._bias`. They are
-    read in its own forward alone: elsewhere they may lie on another device, or on disk.
+    read in its own forward alone: elsewhere they may lie on another device, or on disk. In format `lowrank` the weights
+    hold one expert, biases all, and `low_rank` holds factors for each map that has a rank.
     """
 
-    def __init__(self, block: Block, num_experts: int, combine: str, context: RoutingContext) -> None:
+    def __init__(self, block: Block, settings: MeoSettings, context: RoutingContext) -> None:
         super().__init__()
-        self.combine, self.maps, self._context = combine, block.maps, context
+        self.combine, self.maps, self._context = settings.combine, block.maps, context
+        whole = settings.expert_format == "full"
         hidden, intermediate = block.features
         self.gated = block.gated
         self.down_proj: nn.Parameter
@@ -55,10 +57,15 @@ class MergedExperts(Merger, nn.Module):
         like = block.projection(block.up[0]).weight
         shapes = {self.first: (width, hidden), "down_proj": (hidden, intermediate)}
         for (name, shape), has_bias in zip(shapes.items(), block.has_bias, strict=True):
-            parameter = nn.Parameter(torch.empty(num_experts, *shape, dtype=like.dtype, device=like.device))
-            bias = nn.Parameter(torch.empty(num_experts, shape[0], dtype=like.dtype, device=like.device))
+            kept = settings.num_experts if whole else 1
+            parameter = nn.Parameter(torch.empty(kept, *shape, dtype=like.dtype, device=like.device))
+            bias = nn.Parameter(torch.empty(settings.num_experts, shape[0], dtype=like.dtype, device=like.device))
             self.register_parameter(name, parameter)
             self.register_parameter(f"{name}_bias", bias if has_bias else None)
+        if not whole:
+            ranks = {name: settings.rank_of(f"{block.path}.{path}") for name, path in block.paths.items()}
+            made = {n: Factors(settings.num_experts, r, self.stack(n)[0]) for n, r in ranks.items() if r}
+            self.low_rank = nn.ModuleDict(made)
 
     def forward(
         self,
@@ -70,9 +77,9 @@ class MergedExperts(Merger, nn.Module):
         adapted: dict[str, Adapted] | None = None,
     ) -> dict[str, Linear]:
         """Return linear maps of the merged experts as functions of tokens [N, W, I]."""
-        return self.merged_maps(call, groups, names, gates, pieces=pieces or self._is_lent(), adapted=adapted)
+        return self.merged_maps(call, groups, names, gates, pieces=pieces or self.is_lent(), adapted=adapted)
 
-    def _is_lent(self) -> bool:
+    def is_lent(self) -> bool:
         """Whether the weights are gone after this forward: FSDP2 units of their own, and DeepSpeed's ZeRO-3."""
         sharded = any(base.__name__ == "FSDPModule" for base in type(self).__mro__)
         return sharded or hasattr(self.down_proj, "ds_id")
@@ -127,7 +134,7 @@ class MeoFeedForward(HostsExperts, nn.Module):
         self.activation = take_activation(block)
         self.dropout = nn.Dropout(take_dropout(block))
         self.chunk_size = take_chunk_size(block)
-        self.experts = MergedExperts(block, settings.num_experts, settings.combine, context)
+        self.experts = MergedExperts(block, settings, context)
         self.adapter = TokenAdapter(hidden, settings.token_reduction) if self.level == "token" else None
         self.sources = {"hidden": self.maps}  # gated input -> the linear maps whose gates read it
         if self.scope == "projection" and self.level != "task" and not self.reads_encoder:
@@ -301,7 +308,8 @@ class MeoFeedForward(HostsExperts, nn.Module):
                 if not getattr(weight, "_is_hf_initialized", False):
                     weight[expert] = torch.cat([oriented(linear) for linear in linears])
                 if bias is not None and not getattr(bias, "_is_hf_initialized", False):
-                    bias[expert] = torch.cat([linear.bias for linear in linears])
+                    same = slice(None) if self.experts.bank() is not None else expert
+                    bias[same] = torch.cat([linear.bias for linear in linears])
 
 
 class Absorbed(nn.Identity):
@@ -326,7 +334,7 @@ def replace_blocks(model: nn.Module, family: Family, settings: MeoSettings, cont
     if settings.layers is not None and (beyond := [i for i in settings.layers if i >= depth]):
         raise MeoConfigError(f"layers {beyond} do not exist: the model has layers 0 to {depth - 1}")
     for block in blocks:
-        if settings.layers is not None and block.index not in settings.layers:
+        if not converts(block, settings):
             continue
         merged = MeoFeedForward(block, settings, context)
         if family.hosted:
@@ -334,6 +342,14 @@ def replace_blocks(model: nn.Module, family: Family, settings: MeoSettings, cont
             model.set_submodule(f"{block.path}.{block.down}", Absorbed())
         else:
             model.set_submodule(block.slot, merged)
+
+
+def converts(block: Block, settings: MeoSettings) -> bool:
+    """Return whether a dense feed-forward becomes a merged one."""
+    ranks = [settings.rank_of(f"{block.path}.{path}") for path in block.paths.values()]
+    if settings.expert_format == "lowrank" and not any(ranks):
+        return False
+    return settings.layers is None or block.index in settings.layers
 
 
 def merged_feed_forwards(model: nn.Module) -> Iterator[tuple[str, MeoFeedForward]]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .router_meo import Gates
 
@@ -27,6 +28,28 @@ class LowRank(NamedTuple):
     scale: float | Tensor
     bias: Tensor | None = None
     dropout: Callable[[Tensor], Tensor] | None = None
+
+
+class Factors(nn.Module):
+    """Parts of experts that are kept as factors, `A` [E, R, I] and `B` [E, O, R]; a new one adds nothing."""
+
+    def __init__(self, experts: int, rank: int, like: Tensor) -> None:
+        super().__init__()
+        outputs, inputs = like.shape[-2:]
+        self.A = nn.Parameter(torch.empty(experts, rank, inputs, dtype=like.dtype, device=like.device))
+        self.B = nn.Parameter(torch.empty(experts, outputs, rank, dtype=like.dtype, device=like.device))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return A and B: a call, so that hooks which bring them here see it."""
+        return self.A, self.B
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Fill what no checkpoint did."""
+        if not getattr(self.A, "_is_hf_initialized", False):
+            init.normal_(self.A, std=self.A.shape[-1] ** -0.5)
+        if not getattr(self.B, "_is_hf_initialized", False):
+            init.zeros_(self.B)
 
 
 class Adapted(NamedTuple):

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from .errors_meo import RoutingError
@@ -32,7 +33,8 @@ class Merger:
     """What a module adds to itself to merge its experts' linear maps.
 
     `maps` are their names; `combine` is `weights`, or `outputs` for the same function without merged weights,
-    whatever that costs.
+    whatever that costs. Where a module has `low_rank` factors by map, each stack holds what all its experts share, and
+    these add what is each one's own: nothing is merged there but gates.
     """
 
     combine: str
@@ -43,6 +45,15 @@ class Merger:
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weights [E, O, I] and biases [E, O] of a linear map; only called inside the module's forward."""
         raise NotImplementedError
+
+    def bank(self) -> nn.ModuleDict | None:
+        """Return the experts' own low-rank parts by map, None where the stacks hold whole experts."""
+        return cast(nn.ModuleDict | None, cast(nn.Module, self)._modules.get("low_rank"))
+
+    def count(self) -> int:
+        """Return the number of experts."""
+        bank = self.bank()
+        return len(self.stack(self.maps[-1])[0] if bank is None else next(bank.parameters()))
 
     def adapted_map(self, adapted: Mapping[str, Adapted], name: str) -> Adapted | None:
         """Return what adapters, by parameter, make of a linear map."""
@@ -91,21 +102,29 @@ class Merger:
                 for name in names:
                     rows = list(groups.changed)
                     kept[name] = self._merge_into(kept[name], name, gates[name], self.adapted_map(adapted, name), rows)
-        elif (
-            groups.keeps
-            and self.combine == "weights"
-            and self._pays(groups, names, gates)
-            and self._fits(call, groups, names, gates[names[0]])
-        ):
+        elif groups.keeps and self._keeps(call, groups, names, gates):
             kept |= {name: self._merge(name, gates[name], self.adapted_map(adapted, name)) for name in names}
         else:
             return {
                 name: self._linear(groups, name, gates[name], pieces, self.adapted_map(adapted, name)) for name in names
             }
+        if self.bank() is not None:
+            found = {name: cast(Gates, Gates(*kept[name])) for name in names}  # type: ignore[arg-type]
+            own = {name: self.adapted_map(adapted, name) for name in names}
+            return {name: self._factored(name, found[name], groups.owner, own[name]) for name in names}
         return {name: _bound(*kept[name], groups.owner) for name in names}
+
+    def _keeps(self, call: Call, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates]) -> bool:
+        """Whether what is merged now may stay for later calls; of low-rank experts that is no more than gates."""
+        if self.bank() is not None:
+            return True
+        worth = self.combine == "weights" and self._pays(groups, names, gates)
+        return worth and self._fits(call, groups, names, gates[names[0]])
 
     def _linear(self, groups: Groups, name: str, gates: Gates, pieces: bool, adapted: Adapted | None = None) -> Linear:
         """Return one linear map, to be computed by the plan that fits the tokens."""
+        if self.bank() is not None:
+            return self._factored(name, gates, groups.owner, adapted)
         stack, bias = self.stack(name)
         stack = stack if adapted is None else adapted.scaled(stack)
         if pieces and self.combine == "weights":
@@ -114,6 +133,24 @@ class Merger:
             plan = "combine" if self.combine == "outputs" else self._context.plan
             linear = MergedMap(stack, bias, gates, groups.owner, plan)
         return AdaptedMap(linear, adapted.parts, gates, groups.owner) if adapted and adapted.parts else linear
+
+    def _factored(self, name: str, gates: Gates, owner: Tensor | None, adapted: Adapted | None) -> Linear:
+        """Return one linear map: a product with what the experts share, and their low-rank parts."""
+        bank, (stack, bias) = cast(nn.ModuleDict, self.bank()), self.stack(name)
+        parts = (LowRank(*bank[name](), 1.0),) if name in bank else ()
+        if adapted is not None:
+            stack, parts = adapted.scaled(stack), (*parts, *adapted.parts)
+        bias = None if bias is None else merge_experts(bias, *gates)
+        if self.is_lent():
+            deltas = [merged_part(part, gates)[0] for part in parts]
+            whole = stack.expand(len(gates.top_k_index), -1, -1)
+            return _bound(sum(deltas, whole.to(deltas[0].dtype)).to(stack.dtype) if deltas else whole, bias, owner)
+        shared = SharedMap(stack[0], bias if bias is None or owner is None else bias[owner])
+        return AdaptedMap(shared, parts, gates, owner) if parts else shared
+
+    def is_lent(self) -> bool:
+        """Whether the weights are gone after this module's forward."""
+        return False
 
     def _pays(self, groups: Groups, names: tuple[str, ...], gates: Mapping[str, Gates]) -> bool:
         """Whether steps of a token per group will be faster with merged experts that stay."""
@@ -128,7 +165,9 @@ class Merger:
         return saved >= 0
 
     def _merge(self, name: str, gates: Gates, adapted: Adapted | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return merged weights and biases of each gate, with those of adapters."""
+        """Return merged weights and biases of each gate, with those of adapters; of low-rank experts their gates."""
+        if self.bank() is not None:
+            return gates
         stack, bias = self.stack(name)
         if adapted is None:
             return _merge(stack, bias, gates)
@@ -182,6 +221,19 @@ class Merger:
 
 def _merge(stack: Tensor, bias: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:
     return merge_experts(stack, *gates), None if bias is None else merge_experts(bias, *gates)
+
+
+@dataclass
+class SharedMap:
+    """A linear map that all groups share but for biases [N, O], for tokens [N, W, I]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map [N, W, O]."""
+        y = F.linear(x.to(self.weight.dtype), self.weight)
+        return y if self.bias is None else y + self.bias[:, None]
 
 
 @dataclass

@@ -26,17 +26,19 @@ from .families_meo import family_of, has_row
 from .feedforward_meo import Absorbed, MeoFeedForward, merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
 from .loss_meo import LossMixin
+from .low_rank_meo import Factors
 from .moe_adapters_meo import SparseBlock, stacking_conversions
 from .moe_families_meo import MoeFamily
 from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
-from .parallel_meo import check_gates, check_parallel, plan_experts
+from .parallel_meo import check_gates, check_parallel, check_ranks, plan_experts
 from .peft_meo import share_adapter_names, tell_untouched
 from .planning_meo import PlannedModel, check_plan, plan_model
 from .quantised_meo import tell_unquantised
 from .reference_meo import break_links, load_options, own_options, source_of
 from .restoring_meo import RestoringMixin
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
+from .task_linear_meo import give_tasks_parts
 
 
 class MeoModelMixin(LossMixin, RestoringMixin):
@@ -55,6 +57,7 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         family = family_of(self.config.model_type)
         replace = replace_moe if isinstance(family, MoeFamily) else replace_blocks
         replace(self, family, settings, context)  # type: ignore[arg-type]
+        give_tasks_parts(self, settings, context)  # type: ignore[arg-type]
         self._meo_context = context
         context.belongs_to(self)
         for module in self.modules():  # type: ignore[attr-defined]
@@ -84,6 +87,7 @@ class MeoModelMixin(LossMixin, RestoringMixin):
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
         """Distribute as Transformers does; raises MeoConfigError for gates that read what would be split."""
         check_gates(distributed_config, mesh, [block for _, block in merged_feed_forwards(model)])
+        check_ranks(distributed_config, mesh, settings_of(model.config).expert_format)
         return super().maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
 
     @classmethod
@@ -131,6 +135,8 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, (MeoFeedForward, SparseBlock)):
                 module.initialize(self._init_weights)  # type: ignore[attr-defined]
+            elif isinstance(module, Factors):
+                module.initialize()
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -188,7 +188,7 @@ class MergedExpertsMixin(Merger):
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         identity = None
         if self.zero_expert_num:
-            experts = self.stack("down_proj")[0].shape[0]
+            experts = self.count()
             identity = torch.where(index >= experts, wide, 0).sum(-1)
             wide, index = torch.where(index >= experts, 0, wide), index.clamp(max=experts - 1)
         total = wide.sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ from .moe_families_meo import MoeFamily
 
 MOE_KEYS = (
     "schema_version", "level", "pooling", "combine", "segment_length", "routing", "merged_cache_bytes", "layers",
-    "source", "weights", "meo_hf_version",
+    "source", "weights", "expert_format", "expert_ranks", "meo_hf_version",
 )  # fmt: skip
 
 

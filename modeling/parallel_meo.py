@@ -241,6 +241,12 @@ def check_gates(config: Any, mesh: Any, blocks: list[Any]) -> None:
     )
 
 
+def check_ranks(config: Any, mesh: Any, expert_format: str) -> None:
+    """Raise MeoConfigError if tensor parallel would split experts whose low-rank parts it does not know."""
+    if mesh is not None and config.tp_size != 1 and expert_format == "lowrank":
+        raise MeoConfigError(f"tensor parallel does not know the low-rank parts of experts (`expert_ranks`): {INSTEAD}")
+
+
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """Return what this process holds of a module's parameters."""
     return [getattr(p, "_local_tensor", p) for p in module.parameters()]

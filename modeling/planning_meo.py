@@ -88,6 +88,9 @@ def plan_model(model: Any, batch: int, tokens: int, stage: str) -> PlannedModel:
         for name in module.maps:
             stack = module.stack(name)[0]
             work = work_of_stack(stack, gates, batch if decoding else batch * tokens, top_k)
+            if module.bank() is not None:
+                rows.append(PlannedMap(f"{path}.{name}", work, "low rank", {}))
+                continue
             seconds = possible(work, usable(stack))
             rows.append(
                 _planned(f"{path}.{name}", work, seconds, _forced(module, model), keeps, settings.level == "task")

@@ -1,0 +1,59 @@
+"""Linear maps outside of feed-forwards that each task adds a low-rank part of its own to, as LoRAs of attention do.
+
+Legend: B rows, S positions, N groups that share a task, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .arguments_meo import fixed_task
+from .configuration_meo import MeoSettings
+from .feedforward_meo import MeoFeedForward
+from .groups_meo import TaskGroups
+from .low_rank_meo import Factors, LowRank, low_rank_linear
+from .moe_meo import merging_class
+from .router_meo import Gates
+from .routing_meo import RoutingContext
+
+
+class TaskLinear:
+    """What a linear module adds to itself: y = W_0 x + B_t A_t x for rows of task t."""
+
+    low_rank: Factors
+    _context: RoutingContext
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map rows [B, S, I], or flattened [B * S, I]; keeps the shape."""
+        y = super().forward(x)  # type: ignore[misc]
+        call = self._context.call()
+        groups = TaskGroups(fixed_task(self._context, call), call.task_ids)
+        cells = groups.split(call.grouped(x))
+        tasks = groups.read("hidden", cells).to(x.device)
+        gates = Gates(tasks[:, None], torch.ones(len(tasks), 1, device=x.device))
+        part = low_rank_linear(cells.to(y.dtype), LowRank(*self.low_rank(), 1.0), gates, None)
+        return y + groups.join(part).reshape(y.shape)
+
+
+def task_linears(model: nn.Module) -> dict[str, Any]:
+    """Return the linear maps of a model that have parts for tasks, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TaskLinear)}
+
+
+def give_tasks_parts(model: PreTrainedModel, settings: MeoSettings, context: RoutingContext) -> None:
+    """Let linear maps outside of feed-forwards that the settings give a rank add a part for each task."""
+    if settings.expert_format != "lowrank" or settings.level != "task":
+        return
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MeoFeedForward))
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or path.startswith(inside) or not settings.rank_of(path):
+            continue
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight  # type: ignore[operator]
+        module.__class__ = merging_class(TaskLinear, type(module))
+        module.low_rank = Factors(len(settings.tasks), settings.rank_of(path), weight)
+        module._context = context
