@@ -50,6 +50,11 @@ class Merger:
         """Return the experts' own low-rank parts by map, None where the stacks hold whole experts."""
         return cast(nn.ModuleDict | None, cast(nn.Module, self)._modules.get("low_rank"))
 
+    def _own_part(self, name: str) -> tuple[LowRank, ...]:
+        """Return the experts' own part of a linear map, if it has one."""
+        bank, key = cast(nn.ModuleDict, self.bank()), bank_key(name)
+        return (LowRank(*bank[key](), 1.0),) if key in bank else ()
+
     def count(self) -> int:
         """Return the number of experts."""
         bank = self.bank()
@@ -136,8 +141,7 @@ class Merger:
 
     def _factored(self, name: str, gates: Gates, owner: Tensor | None, adapted: Adapted | None) -> Linear:
         """Return one linear map: a product with what the experts share, and their low-rank parts."""
-        bank, (stack, bias) = cast(nn.ModuleDict, self.bank()), self.stack(name)
-        parts = (LowRank(*bank[name](), 1.0),) if name in bank else ()
+        parts, (stack, bias) = self._own_part(name), self.stack(name)
         if adapted is not None:
             stack, parts = adapted.scaled(stack), (*parts, *adapted.parts)
         bias = None if bias is None else merge_experts(bias, *gates)
@@ -217,6 +221,11 @@ class Merger:
             return False
         call.room = room - need
         return True
+
+
+def bank_key(name: str) -> str:
+    """Return what a map is called among low-rank parts: families' rules for weights' names must not fit it."""
+    return name.removesuffix("_proj")
 
 
 def _merge(stack: Tensor, bias: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:

@@ -47,7 +47,7 @@ class DbrxGLU(MergedExpertsMixin):
     def stack(self, name: str) -> tuple[Tensor, None]:
         """Return weights [E, O, I]."""
         weight = getattr(self, {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}[name])
-        stacked = weight.view(self.moe_num_experts, self.ffn_hidden_size, self.hidden_size)
+        stacked = weight.view(-1, self.ffn_hidden_size, self.hidden_size)
         return stacked.transpose(1, 2) if name == "down_proj" else stacked, None
 
     def _compute(self, linear: dict[str, Linear], x: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ class SparseBlock(HostsExperts, nn.Module):
         for name, value in stacked_state(twin).items():
             parameter = self.get_parameter(name)
             if not getattr(parameter, "_is_hf_initialized", False):
-                init.copy_(parameter, value)
+                init.copy_(parameter, value[: len(parameter)])  # of low-rank experts one holds what all share
 
 
 def _experts_of(experts: Any) -> list[Any]:

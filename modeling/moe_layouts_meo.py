@@ -25,6 +25,8 @@ from .moe_adapters_meo import (
     Top1Routing,
     Top2Routing,
 )
+from .low_rank_meo import Factors
+from .merger_meo import bank_key
 from .moe_families_meo import Layout, MoeFamily
 from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module, merging_class, place_module
 from .routing_meo import RoutingContext
@@ -131,6 +133,26 @@ def replace_moe(model: nn.Module, family: MoeFamily, settings: MeoSettings, cont
         block = module if family.layout == "dbrx" else None
         site = Site(path, layer, partner, block)
         _merge_block(model, module, family.layout, site, context, settings.combine)
+        if settings.expert_format == "lowrank":
+            keep_low_rank(model.get_submodule(path), path, settings)
+
+
+def keep_low_rank(block: Any, path: str, settings: MeoSettings) -> None:
+    """Let a block keep what its experts share, and low-rank parts of each.
+
+    Raises MeoConfigError for experts that are no one module.
+    """
+    if not hasattr(block, "experts"):
+        raise MeoConfigError(f"expert_format 'lowrank' is not known for {type(block).__name__}: take 'full'")
+    place, module = next((n, m) for n, m in block.named_modules() if isinstance(m, MergedExpertsMixin))
+    names, experts = module.maps, module.count()
+    ranks = {name: settings.rank_of(f"{path}.{place}.{name}") for name in names}
+    made = {bank_key(name): Factors(experts, rank, module.stack(name)[0]) for name, rank in ranks.items() if rank}
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if not name.endswith("bias"):
+            kept = parameter.detach()[: len(parameter) // experts].clone()
+            setattr(module, name, nn.Parameter(kept))
+    module.low_rank = nn.ModuleDict(made)
 
 
 def _merge_block(
