@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "quality"))
 import classification
 import multitask
 import report
-from arms import MAIN, Arm
+from arms import ADAPTERS, MAIN, Arm
 from data import BERT_TINY, TextSet
 from gates import recorded
 from ledger import Ledger
@@ -165,10 +166,10 @@ def tiny_set(name: str, labels: int) -> TextSet:
     return TextSet(name, ("x",) * labels, 8, **parts)
 
 
-def repeat(ledger: Ledger) -> None:
+def repeat(ledger: Ledger, more: Sequence[tuple[float, int]] = ()) -> None:
     """Add the sweeps and seeds that a test has no time for, as repetitions of what it measured."""
     for entry in list(ledger):
-        for rate, seed in ((2e-3, 0), (3e-3, 0), (1e-3, 1), (2e-3, 1), (3e-3, 1)):
+        for rate, seed in ((2e-3, 0), (3e-3, 0), (1e-3, 1), (2e-3, 1), (3e-3, 1), *more):
             ledger.measure({**entry["key"], "rate": rate, "seed": seed}, lambda entry=entry: entry["result"])
 
 
@@ -200,6 +201,35 @@ def test_arms_train_by_the_stock_trainer_and_the_page_renders(cache: Path, tmp_p
     assert "MEO sequence k=2 - moe k=2 | 2 |" in page
     assert "## Several tasks" not in page, "no ledger, no section"
     assert (tmp_path / "classification.png").stat().st_size > 1000
+    assert "## Adapters" not in page, "nothing of it was measured"
+
+
+def test_adapters_train_what_they_say_and_are_compared_with_all_weights(cache: Path, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "classification.jsonl")
+    study = classification.Study("bert-tiny", tiny_set("rotten_tomatoes", 2), 1, (1e-3,), None, cache, ledger)
+    whole = {arm.kind: study.run(arm, 1e-3, 0) for arm in (Arm("dense"), Arm("sequence", 2, "copy"))}
+    results = {(arm.kind, arm.adapter): study.run(arm, 1e-3, 0) for arm in ADAPTERS}
+    assert len(list(ledger)) == 2 + len(ADAPTERS), "an adapter is an arm of its own"
+    trained = {arm: result["trained"] for arm, result in results.items()}
+    head_and_attention = trained["dense", "attention"]
+    assert trained["sequence", "attention"] == head_and_attention
+    on_experts = trained["sequence", "shared"] - head_and_attention
+    assert trained["dense", "feed-forward"] == head_and_attention + on_experts
+    assert trained["sequence", "per expert"] == head_and_attention + 8 * on_experts
+    assert trained["sequence", "per expert and routers"] > trained["sequence", "per expert"]
+    for (kind, adapter), result in results.items():
+        assert result["parameters"] == whole[kind]["parameters"], "adapters are merged"
+        assert result["trained"] < result["parameters"]
+        if kind == "sequence":
+            assert result["gates"]["dead"] < 1
+            assert (result["expert_distance"] > 1e-5) == adapter.startswith("per expert")
+    repeat(ledger, more=[(4e-3, 0)])
+    page = report.page(tmp_path)
+    assert f"| MEO sequence k=2, LoRA shared | {100 * results['sequence', 'shared']['test']:.1f} ± 0.0 | " in page
+    assert f" | {trained['sequence', 'shared']:,} | " in page
+    assert "6 of 6 arms with adapters, 30 runs of 36 planned" in page
+    assert "| dense, LoRA feed-forward - dense | 2 |" in page
+    assert "2 of 11 arms" in page, "adapters are not counted among arms that train all weights"
 
 
 def test_tasks_are_extracted_as_dense_models_that_score_the_same(cache: Path, tmp_path: Path) -> None:

@@ -27,13 +27,15 @@ class Arm:
 
     `kind` is dense, moe (a gate per token, outputs added), sequence, token or task (MEO), uniform (all experts with
     equal weights) or frozen (MEO level sequence, a random router that is not trained). `birth` says how experts differ
-    at the start: copy, noise, drop-upcycle or fine-tunes. `length` is a multiple of the other arms' steps.
+    at the start: copy, noise, drop-upcycle or fine-tunes. `length` is a multiple of the other arms' steps. `adapter` is
+    a kind of LoRA that is trained with the head in the place of all weights.
     """
 
     kind: str
     top_k: int | None = None
     birth: str | None = None
     length: int = 1
+    adapter: str | None = None
 
     @property
     def name(self) -> str:
@@ -41,11 +43,13 @@ class Arm:
         name = self.kind if self.kind in ("dense", "moe", "uniform", "frozen") else f"MEO {self.kind}"
         name += "" if self.top_k is None else f" k={self.top_k}"
         name += "" if self.birth in (None, "copy") else f", {self.birth}"
+        name += "" if self.adapter is None else f", LoRA {self.adapter}"
         return name + ("" if self.length == 1 else f", {self.length}x steps")
 
     def key(self) -> dict[str, Any]:
         """The arm's part of a ledger key."""
-        return {"arm": self.kind, "top_k": self.top_k, "birth": self.birth, "length": self.length}
+        key = {"arm": self.kind, "top_k": self.top_k, "birth": self.birth, "length": self.length}
+        return key if self.adapter is None else {**key, "adapter": self.adapter}
 
 
 DENSE = Arm("dense")
@@ -72,6 +76,15 @@ SYMMETRY = (
     Arm("moe", 2, "fine-tunes"),
     replace(DENSE, length=2),
 )
+ADAPTERS = (
+    Arm("sequence", 2, "copy", adapter="per expert"),
+    Arm("sequence", 2, "copy", adapter="shared"),
+    Arm("sequence", 2, "copy", adapter="attention"),
+    replace(DENSE, adapter="attention"),
+    replace(DENSE, adapter="feed-forward"),
+    Arm("sequence", 2, "copy", adapter="per expert and routers"),
+)
+"""What is trained in the place of all weights, for the arms of the same kind in MAIN."""
 
 
 def dense_start(checkpoint: str | Path, labels: int, seed: int, folder: Path) -> Path:

@@ -2,8 +2,8 @@
 
     python benchmarks/quality/classification.py --sets rotten_tomatoes bbc
 
-Each arm is trained with three learning rates on seed 0; the rate with the best dev accuracy is kept for the other
-seeds. Test accuracy is reported, and never chosen by.
+Each arm is trained with three learning rates on seed 0, four where it trains adapters; the rate with the best dev
+accuracy is kept for the other seeds. Test accuracy is reported, and never chosen by.
 """
 
 from __future__ import annotations
@@ -17,16 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import DENSE, MAIN, NUM_EXPERTS, SMALL, SYMMETRY, Arm, build, dense_start, expert_distance, parameter_count
+from arms import (
+    ADAPTERS,
+    DENSE,
+    MAIN,
+    NUM_EXPERTS,
+    SMALL,
+    SYMMETRY,
+    Arm,
+    build,
+    dense_start,
+    expert_distance,
+    parameter_count,
+)
 from data import CACHE, MODELS, SOURCES, TextSet, fetch, load
 from ledger import Ledger
+from lora_arms import adapted, merged, trained_count
 from training import Example, Schedule, batches, encoded, fine_tune, scores
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 RATES = {"bert-tiny": (1e-4, 3e-4, 1e-3), "minilm": (2e-5, 5e-5, 1e-4)}
+ADAPTER_RATES = {"bert-tiny": (3e-4, 1e-3, 3e-3, 1e-2), "minilm": (5e-5, 2e-4, 5e-4, 1e-3)}
 LEDGER = Path(__file__).with_name("classification.jsonl")
-PLANS = {"main": MAIN, "symmetry": SYMMETRY, "all": MAIN + SYMMETRY, "small": SMALL}
+PLANS = {"main": MAIN, "symmetry": SYMMETRY, "all": MAIN + SYMMETRY, "small": SMALL, "adapters": ADAPTERS}
 
 
 @dataclass(frozen=True)
@@ -78,8 +92,12 @@ class Study:
                 experts = _fine_tunes(start, tokenizer, shards, schedules, scratch)
             extra = {"extra_seconds": round(time.perf_counter() - began, 1)} if experts else {}
             model = build(arm, start, scratch, seed, batches(tokenizer, train[:256], 32), experts=experts)
+            if arm.adapter is not None:
+                model = adapted(model, arm.adapter, seed)
+                extra |= {"trained": trained_count(model)}
             trainer, how = fine_tune(model, tokenizer, train, Schedule(rate, self.epochs * arm.length, seed))
         scored = scores(trainer, self.part(tokenizer, "dev"), self.part(tokenizer, "test"))
+        model = merged(model)
         distance = expert_distance(model)
         return {**scored, **how, **extra, "parameters": parameter_count(model), "expert_distance": distance}
 
@@ -123,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="keep this many training rows (default: all)")
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates (default: three, by the model)")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates (default: by the model and the arms)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where fetched packages are kept")
     parser.add_argument("--ledger", type=Path, default=LEDGER)
@@ -136,7 +154,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arms = PLANS[options.arms]
-    rates = tuple(options.rates or RATES[options.model])
+    rates = tuple(options.rates or (ADAPTER_RATES if options.arms == "adapters" else RATES)[options.model])
     total, done = len(options.sets) * len(arms) * (len(rates) + options.seeds - 1), 0
     for name in options.sets:
         text_set = load(name, options.cache).limited(options.rows)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / "docs" / "results.md"
-SECTIONS = ("classification", "symmetry", "multitask", "lm", "moe", "seq2seq")
+SECTIONS = ("classification", "symmetry", "adapters", "multitask", "lm", "moe", "seq2seq")
 INTRODUCTION = """# Results
 
 What MEO models score, beside dense models and mixtures of experts that were trained alike. All numbers come from the

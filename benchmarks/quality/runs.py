@@ -58,7 +58,8 @@ def by_study(entries: Sequence[Entry]) -> dict[tuple[Any, ...], list[Entry]]:
 
 def arm_runs(entries: Sequence[Entry], arm: Arm, rates: int = 3) -> ArmRuns | None:
     """Return an arm's runs at the rate with the best dev accuracy; None before the sweep is complete."""
-    own = [entry for entry in entries if {n: entry["key"].get(n) for n in arm.key()} == arm.key()]
+    wanted = {"adapter": None, **arm.key()}  # the key of an arm without an adapter does not name it
+    own = [entry for entry in entries if {n: entry["key"].get(n) for n in wanted} == wanted]
     swept = [entry for entry in own if entry["key"]["seed"] == 0]
     if len(swept) < rates:
         return None
