@@ -38,10 +38,10 @@ class MeoSettings:
     of level `sequence` and `token`) or refreshed with each segment (`segment`). `merged_cache_bytes` bounds what
     merged experts take beside a KV cache; None means a quarter of the free memory. `source` holds id and commit of the
     source checkpoint, `meo_hf_version` the version that wrote the block. `weights` names a repository and commit, or a
-    folder and its files, where the weights of a mixture of experts have stayed. With `expert_format` `lowrank` an expert
-    is W_0 + B_i A_i: `expert_ranks` gives, by the ending of a linear map's path in the base model, the rank of its
-    B_i A_i; the longest ending counts, a map that none fits has none, and a feed-forward without any stays dense. At
-    level `task` it may name maps outside of feed-forwards too.
+    folder and its files, where the weights of a mixture of experts have stayed. With `expert_format` `lowrank` an
+    expert is W_0 + B_i A_i: `expert_ranks` gives, by the ending of a linear map's path, the rank of its B_i A_i; the
+    longest ending counts, a map that none fits has none, and a feed-forward without any stays dense. At level `task`
+    it may name maps outside of feed-forwards too.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -123,7 +123,9 @@ class MeoSettings:
                 raise MeoConfigError("expert_ranks has no effect with expert_format 'full': leave it out")
             return
         if not isinstance(ranks, dict) or not ranks or not all(isinstance(name, str) and name for name in ranks):
-            raise MeoConfigError(f"expert_ranks is {ranks!r}; give a rank for each linear map, like {{'down_proj': 16}}")
+            raise MeoConfigError(
+                f"expert_ranks is {ranks!r}; give a rank for each linear map, like {{'down_proj': 16}}"
+            )
         for name, rank in ranks.items():
             _at_least(f"expert_ranks[{name!r}]", rank, 1)
 

@@ -52,6 +52,12 @@ class Factors(nn.Module):
             init.zeros_(self.B)
 
 
+def part_of(factors: nn.Module) -> LowRank:
+    """Return what kept factors add."""
+    down, up = factors()
+    return LowRank(down, up, 1.0)
+
+
 class Adapted(NamedTuple):
     """What adapters make of a linear map: they add `parts`, and scale each expert's weight by `rows` [E, O].
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .errors_meo import RoutingError
 from .groups_meo import Groups, TaskGroups
-from .low_rank_meo import Adapted, LowRank, low_rank_linear, merged_part
+from .low_rank_meo import Adapted, LowRank, low_rank_linear, merged_part, part_of
 from .merged_linear_meo import gated_linear, merged_linear
 from .merging_meo import grouped_linear, merge_experts, owned_linear
 from .parallel_meo import Shards
@@ -53,7 +53,7 @@ class Merger:
     def _own_part(self, name: str) -> tuple[LowRank, ...]:
         """Return the experts' own part of a linear map, if it has one."""
         bank, key = cast(nn.ModuleDict, self.bank()), bank_key(name)
-        return (LowRank(*bank[key](), 1.0),) if key in bank else ()
+        return (part_of(bank[key]),) if key in bank else ()
 
     def count(self) -> int:
         """Return the number of experts."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .blocks_meo import cache_layer
 from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
+from .low_rank_meo import Factors
+from .merger_meo import bank_key
 from .moe_adapters_meo import (
     DbrxBlock,
     DbrxGLU,
@@ -25,8 +27,6 @@ from .moe_adapters_meo import (
     Top1Routing,
     Top2Routing,
 )
-from .low_rank_meo import Factors
-from .merger_meo import bank_key
 from .moe_families_meo import Layout, MoeFamily
 from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module, merging_class, place_module
 from .routing_meo import RoutingContext
@@ -144,7 +144,9 @@ def keep_low_rank(block: Any, path: str, settings: MeoSettings) -> None:
     """
     if not hasattr(block, "experts"):
         raise MeoConfigError(f"expert_format 'lowrank' is not known for {type(block).__name__}: take 'full'")
-    place, module = next((n, m) for n, m in block.named_modules() if isinstance(m, MergedExpertsMixin))
+    named: Iterator[tuple[str, Any]] = block.named_modules()
+    module: Any
+    place, module = next((name, each) for name, each in named if isinstance(each, MergedExpertsMixin))
     names, experts = module.maps, module.count()
     ranks = {name: settings.rank_of(f"{path}.{place}.{name}") for name in names}
     made = {bank_key(name): Factors(experts, rank, module.stack(name)[0]) for name, rank in ranks.items() if rank}

@@ -5,7 +5,7 @@ Legend: B rows, S positions, N groups that share a task, I input features, O out
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .arguments_meo import fixed_task
 from .configuration_meo import MeoSettings
 from .feedforward_meo import MeoFeedForward
 from .groups_meo import TaskGroups
-from .low_rank_meo import Factors, LowRank, low_rank_linear
+from .low_rank_meo import Factors, low_rank_linear, part_of
 from .moe_meo import merging_class
 from .router_meo import Gates
 from .routing_meo import RoutingContext
@@ -36,7 +36,7 @@ class TaskLinear:
         cells = groups.split(call.grouped(x))
         tasks = groups.read("hidden", cells).to(x.device)
         gates = Gates(tasks[:, None], torch.ones(len(tasks), 1, device=x.device))
-        part = low_rank_linear(cells.to(y.dtype), LowRank(*self.low_rank(), 1.0), gates, None)
+        part = low_rank_linear(cells.to(y.dtype), part_of(self.low_rank), gates, None)
         return y + groups.join(part).reshape(y.shape)
 
 
@@ -54,6 +54,6 @@ def give_tasks_parts(model: PreTrainedModel, settings: MeoSettings, context: Rou
         if not isinstance(module, (nn.Linear, Conv1D)) or path.startswith(inside) or not settings.rank_of(path):
             continue
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight  # type: ignore[operator]
-        module.__class__ = merging_class(TaskLinear, type(module))
+        module.__class__ = merging_class(TaskLinear, cast(Any, type(module)))
         module.low_rank = Factors(len(settings.tasks), settings.rank_of(path), weight)
-        module._context = context
+        module._context = context  # type: ignore[assignment]

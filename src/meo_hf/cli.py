@@ -18,7 +18,7 @@ from rich.markup import escape
 from meo_hf.cli_bench import bench
 from meo_hf.cli_compare import compare_command
 from meo_hf.cli_recover import recover_command
-from meo_hf.cli_tasks import task_names
+from meo_hf.cli_tasks import adapter_names, task_names
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
@@ -76,6 +76,21 @@ class ExpertInit(str, Enum):
     copy = "copy"
     noise = "noise"
     drop_upcycle = "drop-upcycle"
+
+
+class Outside(str, Enum):
+    """What becomes of adapters' parts outside of feed-forwards."""
+
+    gate = "gate"
+    merge = "merge"
+    refuse = "refuse"
+
+
+class Center(str, Enum):
+    """What low-rank experts are differences to."""
+
+    source = "source"
+    mean = "mean"
 
 
 class Dtype(str, Enum):
@@ -161,6 +176,33 @@ def convert_command(
         list[str] | None,
         typer.Option(metavar="CKPT", help="Checkpoint that becomes one expert; repeat for more. Fixes their number."),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]LORA",
+            help="LoRA adapter of SRC that becomes one expert, kept as it is beside SRC's weights; repeat for more. At "
+            "level task, then the default, a row with task NAME computes SRC with that adapter.",
+        ),
+    ] = None,
+    outside: Annotated[
+        Outside | None,
+        typer.Option(
+            help="Adapters' parts outside of feed-forwards: each row gets its task's, their mean is merged into the "
+            "weights, or they are refused.  [default: gate at level task, else refuse]"
+        ),
+    ] = None,
+    expert_rank: Annotated[
+        int | None,
+        typer.Option(help="Keep experts (of --expert, or a mixture) as parts of this rank beside one weight."),
+    ] = None,
+    expert_energy: Annotated[
+        float | None,
+        typer.Option(help="As --expert-rank: the smallest ranks that keep this share of what differs."),
+    ] = None,
+    expert_center: Annotated[
+        Center | None,
+        typer.Option(help="The shared weight: SRC's or the experts' mean.  [default: source; mean of a mixture]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.  [default: as in SRC]")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 500MB.")] = "5GB",
@@ -203,6 +245,11 @@ def convert_command(
             gate_scope=gate_scope.value,
             tasks=task_names(task or []),
             experts=expert or (),
+            adapters=adapter_names(adapter or []),
+            outside=_value(outside),
+            expert_rank=expert_rank,
+            expert_energy=expert_energy,
+            expert_center=_value(expert_center),
             seed=seed,
             dtype=_value(dtype),
             max_shard_size=max_shard_size,

@@ -1,6 +1,8 @@
-"""The option `--task`, in which a task may be described."""
+"""The options `--task`, in which a task may be described, and `--adapter`, in which one may be named."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from meo_hf.errors import UsageError
 
@@ -15,3 +17,14 @@ def task_names(given: list[str]) -> list[str] | dict[str, str]:
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise UsageError("--task names a task twice: give each once")
     return {name: text for name, _, text in pairs}
+
+
+def adapter_names(given: list[str]) -> list[str] | dict[str, str]:
+    """Return adapters, by name where one has a name; raises UsageError if two have the same."""
+    if not any("=" in text for text in given):
+        return given
+    pairs = [text.partition("=") for text in given]
+    named = [(name, place) if equals else (Path(name.rstrip("/")).name, name) for name, equals, place in pairs]
+    if len({name for name, _ in named}) < len(named):
+        raise UsageError("two adapters have the same name: give each one as --adapter NAME=ADAPTER")
+    return dict(named)

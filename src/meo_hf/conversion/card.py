@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.report import ConversionReport
 from meo_hf.conversion.source import Source, auto_class_of, public_name
 from meo_hf.errors import LicenseError
@@ -25,7 +27,7 @@ _PIPELINES = {
 }
 
 
-def source_card(source: Source) -> ModelCardData | None:
+def source_card(source: Source | LoraSource) -> ModelCardData | None:
     """Return the metadata of a source's own card, or None."""
     path = source.folder / "README.md"
     if not path.is_file():
@@ -36,7 +38,7 @@ def source_card(source: Source) -> ModelCardData | None:
         return None
 
 
-def licenses_of(sources: list[Source]) -> dict[str, str | None]:
+def licenses_of(sources: Sequence[Source | LoraSource]) -> dict[str, str | None]:
     """Return each source's licence as its card states it, None where it states none."""
     return {source.name: getattr(source_card(source), "license", None) for source in sources}
 

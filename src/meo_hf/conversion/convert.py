@@ -16,6 +16,7 @@ from meo_hf.conversion.card import licenses_of, resolve_license, write_card
 from meo_hf.conversion.dense_convert import DenseConversion
 from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.hub import check_login, check_push, push_folder
+from meo_hf.conversion.lora_source import LoraSource, named_adapters, open_adapter
 from meo_hf.conversion.moe_convert import MoeConversion
 from meo_hf.conversion.output import check_output, check_space, keep_failed, written_beside
 from meo_hf.conversion.placement import Placement
@@ -47,6 +48,11 @@ def convert(
     gate_scope: str = "ffn",
     tasks: Sequence[str] | Mapping[str, str] = (),
     experts: Sequence[str | os.PathLike[str]] = (),
+    adapters: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] = (),
+    outside: str | None = None,
+    expert_rank: int | None = None,
+    expert_energy: float | None = None,
+    expert_center: str | None = None,
     reference: bool = False,
     align: bool = False,
     copy: bool = False,
@@ -76,6 +82,14 @@ def convert(
     them with each segment (`segment`). `tasks` are the names of level `task`, or a mapping from names to descriptions:
     then gates read the descriptions, embedded by the model's own embeddings, instead of one number per task.
 
+    `adapters` are LoRA adapters of `source`, as a list (tasks are named after their folders) or by name: each becomes
+    an expert, kept as a low-rank part beside the base's weights. At level `task`, their default, a row computes what
+    the base with its task's adapter does. `outside` says what becomes of adapters' parts of other linear maps than
+    those of feed-forwards: `gate` (each row gets its task's; the default of level `task`), `merge` (the mean of all
+    goes into the weights) or `refuse`. `expert_rank`, or `expert_energy` (a share of the squared differences), keeps
+    full experts as low-rank parts too, beside the dense source (`expert_center` `source`) or the experts' mean (`mean`,
+    the only way for a mixture of experts); the report says what was left out.
+
     A mixture of experts keeps its own experts, router and weight files: they are hard-linked where that is possible,
     copied with `copy`, or left at the source with `reference` (a Hub repository at its commit, or a folder); `align`
     writes them anew with permuted neurons. `top_k` defaults to the source's own, for dense models to 2; `pooling` is
@@ -94,6 +108,7 @@ def convert(
     check_push(push_to_hub, private, push_revision, commit_message)
     output = Path(output).expanduser().absolute()
     names = [os.fspath(name) for name in (source, *experts)]
+    named = named_adapters(adapters)
     options = Options(
         num_experts=num_experts,
         top_k=top_k,
@@ -108,19 +123,24 @@ def convert(
         descriptions=tuple(tasks.values()) if isinstance(tasks, Mapping) else (),
         dtype=_dtype(dtype),
         seed=seed,
+        outside=outside,
+        expert_rank=expert_rank,
+        expert_energy=expert_energy,
+        expert_center=expert_center,
     )
     placement = Placement(reference, align, copy)
     read = SourceOptions(source_revision, token, trust_remote_code, allow_pickle)
     if not dry_run:
-        check_output(output, overwrite, names)
+        check_output(output, overwrite, [*names, *named.values()])
         if push_to_hub is not None:
             check_login(push_to_hub, private, token)
     with ExitStack() as stack:
         opened = _open_all(names, read, stack, weights=not reference)
-        conversion = _conversion(opened, options, placement, max_shard_size)
+        loras = _open_adapters(named, read, opened[0])
+        conversion = _conversion(opened, options, placement, max_shard_size, loras)
         if push_to_hub is not None and reference and opened[0].commit is None:
             raise UsageError("a reference to a folder here is of no use on the Hub: leave --reference or the push out")
-        licenses = licenses_of(opened)
+        licenses = licenses_of([*opened, *loras])
         license_ = resolve_license(licenses, license)
         report = conversion.report(output, _remembered(options, placement, read, max_shard_size))
         report.licenses = licenses
@@ -143,15 +163,26 @@ def convert(
 
 
 def _conversion(
-    opened: list[Source], options: Options, placement: Placement, max_shard_size: str
+    opened: list[Source], options: Options, placement: Placement, max_shard_size: str, loras: list[LoraSource]
 ) -> DenseConversion | MoeConversion:
     """Plan the conversion of opened sources, dense or a mixture of experts."""
     if isinstance(opened[0].family, MoeFamily):
+        if options.outside is not None:
+            raise UsageError("--outside has no effect on a mixture of experts: leave it out")
         return MoeConversion(opened, options, placement, max_shard_size)
     for name, asked in (("--reference", placement.reference), ("--align", placement.align), ("--copy", placement.copy)):
         if asked:
             raise UsageError(f"{name} needs a mixture of experts; {opened[0].name} is dense: leave it out")
-    return DenseConversion(opened, options, max_shard_size)
+    return DenseConversion(opened, options, max_shard_size, loras)
+
+
+def _open_adapters(named: dict[str, str], read: SourceOptions, base: Source) -> list[LoraSource]:
+    if not named:
+        return []
+    if isinstance(base.family, MoeFamily):
+        raise UsageError(f"--adapter needs a dense base; {base.name} is a mixture of experts: leave it out")
+    model = base.meta_model()
+    return [open_adapter(task, name, read, model) for task, name in named.items()]
 
 
 def _open_all(names: list[str], read: SourceOptions, stack: ExitStack, weights: bool = True) -> list[Source]:
@@ -180,14 +211,14 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     kept = dict(report.options)
     read = SourceOptions(report.source["commit"], token, kept["trust_remote_code"], kept["allow_pickle"])
     lists = {name: tuple(kept.get(name, ())) for name in ("tasks", "descriptions")}
-    options = Options(
-        **{k: kept[k] for k in asdict(Options()) if k not in lists} | {"dtype": _dtype(kept["dtype"])} | lists
-    )
+    single = {name: kept.get(name, value) for name, value in asdict(Options()).items() if name not in lists}
+    options = Options(**single | {"dtype": _dtype(kept["dtype"])} | lists)
     placement = Placement(**{k: kept[k] for k in asdict(Placement())})
     names = [report.source["id"], *(expert["id"] for expert in report.experts)]
     with ExitStack() as stack:
         opened = _open_all(names, read, stack, weights=not placement.reference)
-        _conversion(opened, options, placement, kept["max_shard_size"]).check(folder, report, mode, SILENT)
+        loras = _open_adapters({one["task"]: one["id"] for one in report.adapters}, read, opened[0])
+        _conversion(opened, options, placement, kept["max_shard_size"], loras).check(folder, report, mode, SILENT)
     return report
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from meo_hf.conversion.companions import write_companions
+from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.plan import Options, build_plan
 from meo_hf.conversion.progress import Progress
-from meo_hf.conversion.report import ConversionReport, report_of
+from meo_hf.conversion.report import ConversionReport, losses_of, report_of
 from meo_hf.conversion.source import Source, public_name
 from meo_hf.conversion.verification import mode_that_fits, outside_differences, verify_files
 from meo_hf.conversion.write import write_tensors
@@ -19,8 +20,14 @@ from meo_hf.conversion.write import write_tensors
 class DenseConversion:
     """A dense checkpoint's conversion, planned from headers alone."""
 
-    def __init__(self, sources: Sequence[Source], options: Options, max_shard_size: str = "5GB") -> None:
-        self.plan = build_plan(sources[0], sources[1:], options)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        options: Options,
+        max_shard_size: str = "5GB",
+        adapters: Sequence[LoraSource] = (),
+    ) -> None:
+        self.plan = build_plan(sources[0], sources[1:], options, adapters)
         self.nbytes = self.plan.nbytes
         self._max_shard_size = max_shard_size
 
@@ -37,6 +44,8 @@ class DenseConversion:
         self.plan.config.save_pretrained(folder)
         for lost in write_companions(self.plan.source, folder):
             report.warnings.append(f"not carried over: {lost}")
+        if self.plan.bank is not None:
+            report.factorised = losses_of(self.plan.bank)
         report.write_seconds = round(time.perf_counter() - start, 3)
 
     def check(self, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:

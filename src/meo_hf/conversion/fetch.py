@@ -59,6 +59,17 @@ def locate(name: str, options: SourceOptions, weights: bool = True) -> tuple[Pat
     return folder, commit, None
 
 
+def locate_adapter(name: str, options: SourceOptions) -> tuple[Path, str | None]:
+    """Return the local folder of a PEFT adapter, and its commit if it came from the Hub; raises SourceError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SourceError(f"{name} is no folder: give the folder of an adapter, or a Hub id")
+    folder = _fetch(name, replace(options, revision=None), ("adapter_config.json", "adapter_model.safetensors", "*.md"))
+    return folder, folder.name if folder.parent.name == "snapshots" else None
+
+
 def module_folders(folder: Path) -> list[str]:
     """Name the folders of sentence-transformers' modules beside the model: some hold weights of their own."""
     try:

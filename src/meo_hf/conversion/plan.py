@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,20 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from meo_hf.conversion.adapter_bank import (
+    AdapterBank,
+    OwnExpert,
+    Padded,
+    Summed,
+    bank_of,
+    rank,
+    ranks_by_ending,
+)
 from meo_hf.conversion.births import BIRTHS, ROUTER_STD, Copied, Drawn, Recipe, Stacked
 from meo_hf.conversion.companions import load_tokenizer
+from meo_hf.conversion.expert_bank import ExpertBank, Truncation, expert_bank
+from meo_hf.conversion.factorise import Factor, Mean
+from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.names import disk_names, live_names
 from meo_hf.conversion.safetensors_files import CHUNK, CODES, DTYPES, TensorRef, TensorSpec
 from meo_hf.conversion.source import Source, meta_model
@@ -25,8 +38,10 @@ from meo_hf.modeling.configuration_meo import (
     is_causal,
     levels_of,
     meo_config_class,
+    settings_of,
 )
-from meo_hf.modeling.feedforward_meo import merged_feed_forwards
+from meo_hf.modeling.feedforward_meo import converts, merged_feed_forwards
+from meo_hf.modeling.low_rank_meo import Factors
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.version import __version__
 
@@ -50,11 +65,24 @@ class Options:
     descriptions: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     seed: int = 0
+    outside: str | None = None
+    expert_rank: int | None = None
+    expert_energy: float | None = None
+    expert_center: str | None = None
+
+    @property
+    def truncation(self) -> Truncation:
+        """How much of full experts is kept; raises UsageError for what makes no sense."""
+        return Truncation(self.expert_rank, self.expert_energy, self.expert_center)
 
 
 @dataclass
 class Plan:
-    """Targets by their names on disk, the MEO config, and an account of every source tensor."""
+    """Targets by their names on disk, the MEO config, and an account of every source tensor.
+
+    `adapters` or `bank` are there where experts are a shared weight and low-rank parts, which `part_flops` per token
+    pay for.
+    """
 
     source: Source
     experts: list[Source]
@@ -71,6 +99,9 @@ class Plan:
     missing: list[str] = field(default_factory=list)
     dense_flops: int = 0
     merge_flops: int = 0
+    part_flops: int = 0
+    adapters: AdapterBank | None = None
+    bank: ExpertBank | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,6 +133,8 @@ class Plan:
             if isinstance(recipe, Stacked) and (recipe.birth != "copy" or recipe.transposed)
             for ref in recipe.experts[0]
         ]
+        if self.bank is not None:
+            computed += [3 * 4 * math.prod(one.shape) for one in self.bank.maps.values()]
         return 2 * max([*computed, 2 * CHUNK])
 
 
@@ -125,8 +158,10 @@ def parse_layers(text: str, depth: int) -> list[int]:
     return chosen
 
 
-def build_plan(source: Source, experts: Sequence[Source], options: Options) -> Plan:
-    """Decide every target tensor from the headers of the sources.
+def build_plan(
+    source: Source, experts: Sequence[Source], options: Options, adapters: Sequence[LoraSource] = ()
+) -> Plan:
+    """Decide every target tensor from the headers of the sources; only to keep a share of energy are weights read.
 
     Raises UsageError, MeoConfigError, UnsupportedError or CheckpointError; nothing is written.
     """
@@ -136,18 +171,69 @@ def build_plan(source: Source, experts: Sequence[Source], options: Options) -> P
         raise UnsupportedError(f"{source.name}: found no feed-forward in {type(dense).__name__}")
     depth = max(block.index for block in blocks) + 1
     layers = parse_layers(options.layers, depth)
-    config = _meo_config(source, experts, options, layers if len(layers) < depth else None)
+    own: dict[str, Any] = {}
+    adapted = bank = None
+    if adapters:
+        _check_adapter_options(options, experts)
+        adapted = bank_of(adapters, blocks, dense, options.level or "task", options.outside)
+        ranks = {path: rank(parts) for path, parts in adapted.gated.items()}
+        own = {**adapted.settings(options.top_k), "level": options.level or "task"}
+        own["expert_ranks"] = ranks_by_ending(ranks, dense)
+    elif options.outside is not None:
+        raise UsageError("--outside has no effect without --adapter: leave it out")
+    elif options.truncation:
+        if not experts:
+            raise UsageError("--expert-rank and --expert-energy need experts that differ: give --expert checkpoints")
+        found = [tensors_by_live_name(dense, one) for one in (source, *experts)]
+        chosen = [block for block in blocks if block.index in layers]
+        for one, refs in zip((source, *experts), found, strict=True):
+            _check_feed_forwards(one, chosen, refs)
+        bank = expert_bank(chosen, found[0], found[1:], options.truncation)
+        own = {"expert_format": "lowrank", "expert_ranks": ranks_by_ending(bank.ranks, dense)}
+    config = _meo_config(source, experts, options, layers if len(layers) < depth else None, own)
     meo_class = meo_model_class(type(dense))
-    plan = Plan(source, list(experts), options, config, meo_class, layers)
+    settings = settings_of(config)
+    converted = [block for block in blocks if converts(block, settings)]
+    layers = sorted({block.index for block in converted})
+    plan = Plan(source, list(experts), options, config, meo_class, layers, adapters=adapted, bank=bank)
     meo = meta_model(meo_class, config)
-    _decide(plan, dense, [block for block in blocks if block.index in layers], meo)
+    _decide(plan, dense, converted, meo)
     plan.dense_flops, plan.merge_flops = _flops(dense, meo, config.meo["top_k"])
+    plan.part_flops = _part_flops(meo, config.meo["top_k"])
     return plan
 
 
+def _check_adapter_options(options: Options, experts: Sequence[Source]) -> None:
+    """Raise UsageError for an option that contradicts adapters."""
+    given = {
+        "--expert": bool(experts),
+        "--num-experts": options.num_experts is not None,
+        "--expert-init": options.expert_init != "copy",
+        "--layers": options.layers != "all",
+        "--task": bool(options.tasks),
+        "--expert-rank": bool(options.truncation),
+    }
+    reasons = {
+        "--num-experts": "each adapter is an expert",
+        "--expert-init": "the adapters are the experts",
+        "--layers": "the adapters say what they change",
+        "--task": "a task is named after its adapter: give --adapter NAME=ADAPTER",
+    }
+    if wrong := [name for name, was in given.items() if was]:
+        reason = reasons.get(wrong[0], "experts come from checkpoints or from adapters")
+        raise UsageError(f"{wrong[0]} has no effect with --adapter ({reason}): leave one out")
+
+
+def _check_feed_forwards(source: Source, blocks: Sequence[Block], refs: dict[str, TensorRef]) -> None:
+    for block in blocks:
+        for path in block.paths.values():
+            _parts(source, [f"{block.path}.{path}.weight"], [tuple(block.projection(path).weight.shape)], refs)
+
+
 def _meo_config(
-    source: Source, experts: Sequence[Source], options: Options, layers: list[int] | None
+    source: Source, experts: Sequence[Source], options: Options, layers: list[int] | None, own: dict[str, Any]
 ) -> PreTrainedConfig:
+    """Build the MEO config; `own` are values of its block that low-rank experts decide."""
     if options.expert_init not in BIRTHS:
         raise UsageError(f"--expert-init {options.expert_init!r} is unknown: give one of {', '.join(BIRTHS)}")
     num_experts = options.num_experts
@@ -159,7 +245,7 @@ def _meo_config(
                 f"--num-experts {num_experts} contradicts {len(experts)} --expert checkpoints: leave it out"
             )
         num_experts = len(experts)
-    level = options.level or levels_of(source.config)[0]
+    level = own.get("level") or options.level or levels_of(source.config)[0]
     if level not in ("segment", "sequence", "token", "task"):
         raise MeoConfigError(f"unknown level {level!r}: give segment, sequence, token or task")
     check_level(source.config, level)
@@ -181,6 +267,7 @@ def _meo_config(
         "tasks": list(options.tasks) or ["default"],
         "source": {"id": source.public_name, "commit": source.commit},
         "meo_hf_version": __version__,
+        **own,
     }
     if options.descriptions:
         block["task_descriptions"] = description_tokens(source, options.tasks, options.descriptions)
@@ -226,6 +313,10 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
             recipes[name] = recipe
             used.update(sources)
             plan.expanded.append(name)
+    for name, recipe, _ in plan.adapters.outside_recipes() if plan.adapters is not None else ():
+        recipes[name] = recipe
+        plan.expanded.append(name)
+    merged = {} if plan.adapters is None else {f"{path}.weight": parts for path, parts in plan.adapters.merged.items()}
     created = {name for path, _ in merged_feed_forwards(meo) for name in _new_names(meo, path)}
     state = meo.state_dict()
     tied = set(dense.all_tied_weights_keys)
@@ -233,13 +324,16 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
         if name in recipes:
             continue
         if name in created:
-            recipes[name] = _drawn(name, tuple(state[name].shape), plan.options.seed)
+            own = plan.adapters is not None and plan.adapters.level == "task" and ".router." in name
+            recipes[name] = OwnExpert() if own else _drawn(name, tuple(state[name].shape), plan.options.seed)
             plan.created.append(name)
         elif name in by_live:
             _check_shape(plan.source, by_live[name], tuple(state[name].shape))
-            recipes[name] = Copied(by_live[name])
+            transposed = isinstance(dense.get_submodule(name.rpartition(".")[0]), Conv1D)
+            changed = Summed(by_live[name], merged[name], transposed) if name in merged else None
+            recipes[name] = changed or Copied(by_live[name])
             used.add(name)
-            plan.copied.append(name)
+            (plan.expanded if changed else plan.copied).append(name)
         elif name not in tied and not matches(dense._keys_to_ignore_on_load_missing, name):
             plan.missing.append(name)
     to_disk = disk_names(meo, recipes)
@@ -278,6 +372,7 @@ def _block_recipes(
     fused = block.family.fused
     transposed = isinstance(block.projection(block.down), Conv1D)
     rows = {first: (block.up, 0, 2 if fused else 1), "down_proj": ((block.down,), 1, 1)}
+    count = plan.settings["num_experts"]
     for (target, (paths, axis, halves)), has_bias in zip(rows.items(), block.has_bias, strict=True):
         for leaf, suffix in (("weight", ""), ("bias", "_bias")):
             if leaf == "bias" and not has_bias:
@@ -285,8 +380,12 @@ def _block_recipes(
             names = [f"{block.path}.{path}.{leaf}" for path in paths]
             shapes = [tuple(getattr(block.projection(path), leaf).shape) for path in paths]
             parts = [_parts(one, names, shapes, refs) for one, refs in zip(plan.experts, experts, strict=True)]
-            if not parts:
-                parts = [_parts(plan.source, names, shapes, by_live)] * plan.settings["num_experts"]
+            shared = leaf == "weight" and plan.settings.get("expert_format") == "lowrank"
+            if shared and plan.bank is not None and plan.bank.center == "mean":
+                yield f"{block.slot}.experts.{target}", Mean(tuple(parts), transposed), names
+                continue
+            if shared or not parts:
+                parts = [_parts(plan.source, names, shapes, by_live)] * (1 if shared else count)
             recipe = Stacked(
                 experts=tuple(parts),
                 layer=block.path,
@@ -297,6 +396,9 @@ def _block_recipes(
                 seed=plan.options.seed,
             )
             yield f"{block.slot}.experts.{target}{suffix}", recipe, names
+    for bank in (plan.adapters, plan.bank):
+        for name, factor, _ in bank.recipes(block) if bank is not None else ():
+            yield name, factor, []
 
 
 def _parts(
@@ -336,9 +438,11 @@ def _dtype_code(plan: Plan, dense: PreTrainedModel, name: str, recipe: Recipe) -
     asked = plan.options.dtype
     if isinstance(recipe, Stacked) and plan.experts:
         asked = asked or plan.source.dtype
-    if isinstance(recipe, Drawn):
+    if isinstance(recipe, Padded) and plan.adapters is not None:
+        return CODES[asked or plan.adapters.dtype]
+    if isinstance(recipe, (Drawn, OwnExpert, Factor, Mean)):
         return CODES[asked or plan.source.dtype]
-    ref = recipe.experts[0][0] if isinstance(recipe, Stacked) else cast(Copied, recipe).source
+    ref = recipe.experts[0][0] if isinstance(recipe, Stacked) else cast("Copied | Summed", recipe).source
     if asked is None or not DTYPES[ref.spec.dtype].is_floating_point:
         return ref.spec.dtype
     keep = plan.model_class._keep_in_fp32_modules or []
@@ -355,7 +459,12 @@ def matches(patterns: Any, name: str) -> bool:
 def _flops(dense: nn.Module, meo: nn.Module, top_k: int) -> tuple[int, int]:
     """FLOPs per token of all linear maps of the dense model, and FLOPs of the merges per gated group (m|W|)."""
     linears = (m for m in dense.modules() if isinstance(m, (nn.Linear, Conv1D)))
-    merged = sum(
-        parameter[0].numel() * top_k for _, ff in merged_feed_forwards(meo) for parameter in ff.experts.parameters()
-    )
+    whole = [ff.experts for _, ff in merged_feed_forwards(meo) if ff.experts.bank() is None]
+    merged = sum(parameter[0].numel() * top_k for experts in whole for parameter in experts.parameters())
     return sum(2 * m.weight.numel() for m in linears), merged
+
+
+def _part_flops(meo: nn.Module, top_k: int) -> int:
+    """FLOPs per token of low-rank parts."""
+    factors = (module for module in meo.modules() if isinstance(module, Factors))
+    return sum(2 * top_k * (one.A[0].numel() + one.B[0].numel()) for one in factors)

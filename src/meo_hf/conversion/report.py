@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from meo_hf.conversion.adapter_bank import AdapterBank
+from meo_hf.conversion.expert_bank import ExpertBank
+from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.plan import Plan
 from meo_hf.conversion.source import Source
 from meo_hf.errors import CheckpointError
@@ -31,7 +34,7 @@ class ConversionReport:
     Sizes are bytes, times seconds. FLOPs are per token, of all linear maps (attention scores left out), for
     groups of `tokens_per_merge` tokens with merging charged as top_k * |W| per group. `weights` says how they came to
     the output: `rewrite`, or for a mixture of experts also `link`, `copy` or `reference`; `alignment` holds, per layer,
-    the experts' distance before and after.
+    the experts' distance before and after, `factorised`, per linear map, what a low rank left out of them.
     """
 
     source: dict[str, Any]
@@ -54,6 +57,8 @@ class ConversionReport:
     write_seconds: float | None = None
     weights: str = "rewrite"
     alignment: list[dict[str, Any]] = field(default_factory=list)
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    factorised: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     verification: str = "none"
     checks: list[Check] = field(default_factory=list)
@@ -104,7 +109,7 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
         parameters_before=before,
         parameters_after=after,
         flops_dense=plan.dense_flops,
-        flops_meo=plan.dense_flops + plan.merge_flops // plan.tokens_per_merge,
+        flops_meo=plan.dense_flops + plan.part_flops + plan.merge_flops // plan.tokens_per_merge,
         tokens_per_merge=plan.tokens_per_merge,
         bytes_read=plan.source.nbytes,
         bytes_to_write=plan.nbytes,
@@ -118,7 +123,11 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
             "newly_initialised_on_load": plan.missing,
         },
         experts=[{"id": one.lasting_name, "commit": one.commit} for one in plan.experts],
-        warnings=warnings_of(plan.missing, plan.carried, plan.source.model_class().__name__),
+        adapters=[] if plan.adapters is None else [adapter_entry(one) for one in plan.adapters.adapters],
+        warnings=[
+            *warnings_of(plan.missing, plan.carried, plan.source.model_class().__name__),
+            *([] if plan.adapters is None else adapter_warnings(plan.adapters, plan.source)),
+        ],
         versions=versions(),
     )
 
@@ -126,6 +135,40 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
 def source_entry(source: Source) -> dict[str, Any]:
     """Return what a report says of a source."""
     return {"id": source.lasting_name, "commit": source.commit, "format": source.format}
+
+
+def adapter_entry(adapter: LoraSource) -> dict[str, Any]:
+    """Return what a report says of an adapter."""
+    return {
+        "id": adapter.lasting_name,
+        "commit": adapter.commit,
+        "task": adapter.task,
+        "base": adapter.base,
+        "ranks": adapter.ranks,
+        "linear_maps": len(adapter.parts),
+    }
+
+
+def adapter_warnings(bank: AdapterBank, source: Source) -> list[str]:
+    """Return remarks on adapters of another base, and on parts that do not stay apart."""
+    warnings = []
+    for adapter in bank.adapters:
+        known = Path(adapter.base or "").name
+        if known and known.lower() != source.public_name.rpartition("/")[2].lower():
+            warnings.append(
+                f"adapter {adapter.public_name} says that it was trained on {known}, not on {source.public_name}"
+            )
+    if bank.merged:
+        warnings.append(
+            f"{len(bank.merged)} linear maps outside of the feed-forwards got the mean of the adapters' parts: no row "
+            "computes what one adapter alone does"
+        )
+    return warnings
+
+
+def losses_of(bank: ExpertBank) -> list[dict[str, Any]]:
+    """Return per linear map what its rank left out."""
+    return [{"map": path, **asdict(one.loss)} for path, one in bank.maps.items() if one.loss is not None]
 
 
 def warnings_of(missing: list[str], carried: list[str], model_class: str) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +15,20 @@ import psutil
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from meo_hf.conversion.adapter_bank import AdapterBank
 from meo_hf.conversion.births import Stacked
+from meo_hf.conversion.factorise import Factor, Factorised
+from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.names import disk_names
 from meo_hf.conversion.plan import Plan, tensors_by_live_name
 from meo_hf.conversion.report import Check
 from meo_hf.conversion.safetensors_files import CHUNK, DTYPES, TensorRef
 from meo_hf.conversion.source import Source, auto_class_of, index_tensors, meta_model
-from meo_hf.modeling.blocks_meo import Block, find_blocks
-from meo_hf.modeling.feedforward_meo import MeoFeedForward
+from meo_hf.conversion.write import Targets
+from meo_hf.modeling.blocks_meo import Block, find_blocks, oriented
+from meo_hf.modeling.configuration_meo import settings_of
+from meo_hf.modeling.feedforward_meo import MeoFeedForward, converts
+from meo_hf.modeling.merger_meo import bank_key
 from meo_hf.modeling.remote_meo import auto_map, heads_of
 
 MODES = ("full", "sample", "none")
@@ -44,7 +50,8 @@ def verify_files(plan: Plan, folder: Path, mode: str, on_bytes: Callable[[int], 
     same = _bytes_check(plan, written, on_bytes)
     if set(written) != set(plan.targets):  # nothing could be said about a model that lacks tensors
         return [same]
-    return [same, *run_child("verification_child.py", _request(plan, folder, written, mode))]
+    kept = [] if plan.bank is None else [products_check(plan.bank.maps.values(), plan.targets, written)]
+    return [same, *kept, *run_child("verification_child.py", _request(plan, folder, written, mode))]
 
 
 def _bytes_check(plan: Plan, written: dict[str, TensorRef], on_bytes: Callable[[int], None]) -> Check:
@@ -56,9 +63,30 @@ def _bytes_check(plan: Plan, written: dict[str, TensorRef], on_bytes: Callable[[
     for tensor, (spec, recipe) in plan.targets.items():
         if written[tensor].spec != spec:
             return Check(name, False, f"{tensor} is {written[tensor].spec}, planned was {spec}")
+        if isinstance(recipe, Factor):  # a decomposition is checked by what it is for
+            continue
         if not _same(recipe.chunks(spec), written[tensor].chunks(), on_bytes):
             return Check(name, False, f"{tensor} differs from its sources")
-    return Check(name, True, f"{len(written)} tensors, {plan.nbytes:,} bytes")
+    factors = sum(isinstance(recipe, Factor) for _, recipe in plan.targets.values())
+    besides = f"; {factors} factors of experts are checked by their products" if factors else ""
+    return Check(name, True, f"{len(written) - factors} tensors of {plan.nbytes:,} bytes in all{besides}")
+
+
+def products_check(maps: Iterable[Factorised], targets: Targets, written: dict[str, TensorRef]) -> Check:
+    """Compare the written factors' products with the experts: no farther from them than the best of their rank."""
+    files: dict[str, dict[str, TensorRef]] = {}
+    for tensor, (_, recipe) in targets.items():
+        if isinstance(recipe, Factor):
+            files.setdefault(recipe.experts.path, {})[recipe.letter] = written[tensor]
+    name, worst, excess = "experts are as near as their ranks allow", 0.0, 0.0
+    for one in maps:
+        refs = files[one.path]
+        dtype = DTYPES[refs["A"].spec.dtype]
+        error, best = one.error({letter: ref.load() for letter, ref in refs.items()}, dtype), one.best().error
+        worst, excess = max(worst, best), max(excess, error - best - 4 * torch.finfo(dtype).eps)
+    if excess > 1e-5:
+        return Check(name, False, f"a linear map's experts are {excess:.1e} farther off than the best of that rank")
+    return Check(name, True, f"relative error of experts at most {worst:.3g}, {len(files)} linear maps")
 
 
 def _same(left: Iterator[memoryview], right: Iterator[memoryview], on_bytes: Callable[[int], None]) -> bool:
@@ -103,7 +131,8 @@ def run_child(script: str, request: dict[str, Any]) -> list[Check]:
 def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str) -> dict[str, Any]:
     dense = plan.source.meta_model()
     meo = meta_model(plan.model_class, plan.config)
-    blocks = [block for block in find_blocks(dense, plan.source.family) if block.index in plan.layers]
+    settings = settings_of(plan.config)
+    blocks = [block for block in find_blocks(dense, plan.source.family) if converts(block, settings)]
     to_disk = disk_names(meo, meo.state_dict())
     origins = [tensors_by_live_name(dense, origin) for origin in _origins(plan)]
     heads = heads_of(plan.source.family.model_type)
@@ -119,12 +148,24 @@ def _request(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: str)
         "auto_map_class": auto_map(type(plan.config).__name__, plan.source.family.model_type)[auto],
         "dtype": str(plan.config.dtype).removeprefix("torch."),
         "missing": plan.missing,
-        "copies": not plan.experts and plan.options.expert_init == "copy",
+        "copies": not plan.experts and not plan.adapters and plan.options.expert_init == "copy",
         "experts": _expert_sources(plan, blocks, written, to_disk),
+        "adapters": [] if plan.adapters is None else [_adapter_request(one) for one in plan.adapters.adapters],
+        "changed": {} if plan.adapters is None else _changed(plan.adapters, written, to_disk),
         "files": {name: str(ref.path) for name, ref in written.items()},
         "live_names": [live for live, disk in to_disk.items() if disk in written],
         "blocks": [_block_request(block, meo, to_disk, written, origins) for block in blocks],
     }
+
+
+def _adapter_request(adapter: LoraSource) -> dict[str, Any]:
+    return {"folder": str(adapter.folder), "prefix": adapter.prefix, "task": adapter.task}
+
+
+def _changed(bank: AdapterBank, written: dict[str, TensorRef], to_disk: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Say where the linear maps are that got the mean of all adapters' parts."""
+    disks = {path: to_disk[f"{path}.weight"] for path in bank.merged}
+    return {path: {"file": str(written[disk].path), "name": disk} for path, disk in disks.items()}
 
 
 def _block_request(
@@ -136,17 +177,40 @@ def _block_request(
 ) -> dict[str, Any]:
     module = cast(MeoFeedForward, meo.get_submodule(block.slot))
     names = {name: to_disk[f"{block.slot}.{name}"] for name, _ in module.named_parameters()}
-    stacks = {n.removeprefix("experts."): disk for n, disk in names.items() if n.startswith("experts.")}
+    own = {n.removeprefix("experts."): disk for n, disk in names.items() if n.startswith("experts.")}
+    stacks = {n: disk for n, disk in own.items() if not n.startswith("low_rank.")}
     return {
         "slot": block.slot,
         "first": module.experts.first,
         "gated": block.gated,
         "stacks": stacks,
         "dtypes": {n: _torch_name(written[disk]) for n, disk in stacks.items()},
+        "factors": _factors(block, module, own),
         "origins": [_dense_parts(block, module.experts.first, origin) for origin in origins],
         "transposed": isinstance(block.projection(block.down), Conv1D),
         "parameters": names,
     }
+
+
+def _factors(block: Block, module: MeoFeedForward, names: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Say for each stack which rows of its shared weight get which factors."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    start = 0
+    for name, path in block.paths.items():
+        stack = "down_proj" if name == "down_proj" else module.experts.first
+        start = 0 if name == "down_proj" else start
+        width = _rows(block, path)
+        key = f"low_rank.{bank_key(name)}"
+        if f"{key}.A" in names:
+            rows = [start, start + width]
+            found.setdefault(stack, []).append({"rows": rows, "A": names[f"{key}.A"], "B": names[f"{key}.B"]})
+        start += width
+    return found
+
+
+def _rows(block: Block, path: str) -> int:
+    """Return the number of outputs of a projection."""
+    return oriented(block.projection(path)).shape[0]
 
 
 def _torch_name(ref: TensorRef) -> str:
@@ -155,6 +219,8 @@ def _torch_name(ref: TensorRef) -> str:
 
 def _origins(plan: Plan) -> list[Source]:
     """The checkpoints whose feed-forwards the experts are: one each, or one for all; none if experts were drawn."""
+    if plan.adapters is not None or plan.bank is not None:
+        return []
     if plan.experts or plan.options.expert_init != "copy":
         return plan.experts
     return [plan.source]
@@ -177,8 +243,10 @@ def _expert_sources(
 
     Given checkpoints are read as they are; experts made by noise or drop-upcycling only exist in the output.
     """
-    if not plan.experts and plan.options.expert_init == "copy":
+    if plan.adapters is not None or (not plan.experts and plan.options.expert_init == "copy"):
         return []
+    if plan.bank is not None:
+        return _factorised_sources(plan, blocks, written, to_disk)
     experts: list[dict[str, dict[str, Any]]] = [{} for _ in range(plan.settings["num_experts"])]
     for block in blocks:
         first = "gate_up_proj" if block.gated else "up_proj"
@@ -204,6 +272,38 @@ def _expert_sources(
                             "transposed": recipe.transposed,
                         }
                     start += rows
+    return experts
+
+
+def _factorised_sources(
+    plan: Plan, blocks: list[Block], written: dict[str, TensorRef], to_disk: dict[str, str]
+) -> list[dict[str, dict[str, Any]]]:
+    """For each expert of low rank, where its dense weights stand in the output."""
+    experts: list[dict[str, dict[str, Any]]] = [{} for _ in range(plan.settings["num_experts"])]
+    for block in blocks:
+        first, start = "gate_up_proj" if block.gated else "up_proj", 0
+        for name, path in block.paths.items():
+            stack = "down_proj" if name == "down_proj" else first
+            start = 0 if name == "down_proj" else start
+            rows = [start, start + _rows(block, path)]
+            transposed = isinstance(block.projection(path), Conv1D)
+            start = rows[1]
+            for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+                disk = to_disk.get(f"{block.slot}.experts.{stack}{suffix}")
+                if disk is None:
+                    continue
+                key = f"{block.slot}.experts.low_rank.{bank_key(name)}"
+                factors = {letter: to_disk[f"{key}.{letter}"] for letter in "AB"} if leaf == "weight" else None
+                for expert, row in enumerate(experts):
+                    row[f"{block.path}.{path}.{leaf}"] = {
+                        "file": str(written[disk].path),
+                        "name": disk,
+                        "dtype": "float32",
+                        "index": 0 if leaf == "weight" else expert,
+                        "rows": rows,
+                        "transposed": transposed,
+                        "factors": factors and {"expert": expert, **factors},
+                    }
     return experts
 
 

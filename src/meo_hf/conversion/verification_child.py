@@ -4,6 +4,7 @@ Reads a JSON request, writes a JSON list of checks. Everything here is computed 
 dense models come from the stock classes, expert weights from the files by their names on disk.
 """
 
+import copy
 import json
 import sys
 
@@ -28,6 +29,12 @@ def read(path, name, index=None):
     """Read a tensor by its name on disk, or one expert of a stack, as float32."""
     with safe_open(path, framework="pt") as file:
         return (file.get_tensor(name) if index is None else file.get_slice(name)[index]).float()
+
+
+def product(request, factors, expert):
+    """The product B A of an expert's factors, from the output's files."""
+    down, up = (read(request["files"][factors[letter]], factors[letter], expert) for letter in "AB")
+    return up @ down
 
 
 def inputs_for(config, kind):
@@ -108,6 +115,9 @@ def set_dense_expert(request, dense, expert):
     parameters = dict(dense.named_parameters())
     for live, source in request["experts"][expert].items():
         value = read(source["file"], source["name"], source["index"])
+        if source.get("factors"):
+            value = value.clone()
+            value[slice(*source["rows"])] += product(request, source["factors"], source["factors"]["expert"])
         if source["index"] is not None:
             value = value[slice(*source["rows"])] if source["rows"] else value
             value = value.t() if source["transposed"] and value.dim() == 2 else value
@@ -134,6 +144,7 @@ def check_full(request):
             checks.append(
                 {"name": f"logits equal the source's, gates {what}", "passed": error <= TOLERANCE, "detail": detail}
             )
+    checks += check_adapters(request, model, dense, inputs, routed)
     for expert in sorted({0, len(request["experts"]) - 1} if request["experts"] else ()):
         set_dense_expert(request, dense, expert)
         hooks = force_expert(model, expert)
@@ -145,9 +156,48 @@ def check_full(request):
     return checks
 
 
+def check_adapters(request, model, dense, inputs, routed):
+    """Compare rows that have one adapter with PEFT's own model of base and adapter."""
+    if not request["adapters"]:
+        return []
+    from peft import PeftModel
+
+    worst, rows = (0.0, ""), len(next(iter(inputs.values())))
+    for path, place in request["changed"].items():  # all adapters' mean, which its own check covers
+        dense.get_parameter(f"{path}.weight").data.copy_(read(place["file"], place["name"]))
+    for number, adapter in enumerate(request["adapters"]):
+        base = copy.deepcopy(dense)
+        holder, prefix = torch.nn.Module(), base.base_model_prefix
+        setattr(holder, prefix, base)
+        adapted = {"": base, f"{prefix}.": getattr(base, prefix, base)}.get(adapter["prefix"], holder)
+        wrapped = PeftModel.from_pretrained(adapted, adapter["folder"]).eval()
+        for path in request["changed"]:
+            changed = base.get_submodule(path)
+            for name in getattr(changed, "scaling", ()):
+                changed.scaling[name] = 0.0
+        expected = first_tensor(base(**inputs))
+        if model.config.meo["level"] == "task":
+            found = first_tensor(model(**routed, task_ids=torch.full((rows,), number)))
+        else:
+            hooks = force_expert(model, number)
+            found = first_tensor(model(**routed))
+            for hook in hooks:
+                hook.remove()
+        del wrapped
+        worst = max(worst, (relative_rms(found, expected), adapter["task"]))
+    count, kept = len(request["adapters"]), worst[0] <= TOLERANCE
+    detail = f"worst relative RMS {worst[0]:.1e} at {worst[1]} (allowed {TOLERANCE:.0e}), {count} adapters, fp32"
+    return [{"name": "logits with one adapter equal PEFT's", "passed": kept, "detail": detail}]
+
+
 def expert_part(request, block, name, expert):
     """One expert of a stack, [out, in]: from the checkpoint it is a copy of, or, if it was drawn, from the output."""
     disk, origins = block["stacks"][name], block["origins"]
+    if block["factors"] and not name.endswith("_bias"):
+        weight = read(request["files"][disk], disk, 0).clone()
+        for factors in block["factors"].get(name, ()):
+            weight[slice(*factors["rows"])] += product(request, factors, expert)
+        return weight
     if not origins:
         return read(request["files"][disk], disk, expert)
     parts = [read(part["file"], part["name"]) for part in origins[expert % len(origins)][name]]
