@@ -9,15 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 
 from meo_hf.conversion.alignment import (
     Alignment,
@@ -30,9 +28,9 @@ from meo_hf.conversion.alignment import (
     solver,
 )
 from meo_hf.conversion.births import Copied, Recipe, generator
-from meo_hf.conversion.names import live_places
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
 from meo_hf.conversion.source import Source, first_line
+from meo_hf.conversion.stored import StoredTensor, stored_tensors
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
 from meo_hf.modeling.moe_layouts_meo import layer_number, moe_blocks
@@ -136,20 +134,12 @@ def aligned_targets(
     return targets, aligned
 
 
-@dataclass
-class _Found:
-    """The tensors on disk that one live tensor is loaded from, by the pattern they match, in the experts' order."""
-
-    converter: WeightConverter | None
-    refs: dict[str, list[TensorRef]] = field(default_factory=dict)
-
-
 class _Stored:
     """How a checkpoint stores the experts of a live model."""
 
     def __init__(self, model: PreTrainedModel, source: Source) -> None:
         self.model, self.name = model, source.name
-        self.found = _find(model, source)
+        self.found = stored_tensors(source, model)
         named = model.named_parameters(remove_duplicate=False)
         self.stored = {id(parameter) for name, parameter in named if name in self.found}
         self.known: dict[Any, dict[str, NeuronAxis]] = {}
@@ -193,7 +183,7 @@ class _Stored:
             )
 
     def _disk_axes(
-        self, live: str, found: _Found, axis: NeuronAxis, stacked: bool, neurons: int
+        self, live: str, found: StoredTensor, axis: NeuronAxis, stacked: bool, neurons: int
     ) -> dict[str, NeuronAxis]:
         """Return where a converter's tensors count neurons, by its patterns; a test on random bytes decides."""
         shapes = {pattern: refs[0].spec.shape for pattern, refs in found.refs.items()}
@@ -204,11 +194,11 @@ class _Stored:
         probes = {p: torch.randint(256, shape, dtype=torch.uint8, generator=draw) for p, shape in shapes.items()}
         order = torch.rand(axis.shape[0], neurons, generator=draw).argsort(-1)
         try:
-            wanted = axis.permute(self._loaded(live, found, probes), order)
+            wanted = axis.permute(self._joined(found, probes), order)
             for axes in itertools.product(*(_candidates(shape, stacked, neurons) for shape in shapes.values())):
                 chosen = dict(zip(shapes, axes, strict=True))
                 permuted = {pattern: chosen[pattern].permute(probe, order) for pattern, probe in probes.items()}
-                if torch.equal(self._loaded(live, found, permuted), wanted):
+                if torch.equal(self._joined(found, permuted), wanted):
                     self.known[key] = chosen
                     return chosen
         except (RuntimeError, ValueError) as error:
@@ -218,22 +208,8 @@ class _Stored:
             "aligning experts"
         )
 
-    def _loaded(self, live: str, found: _Found, tensors: dict[str, Tensor]) -> Tensor:
-        """Return the live tensor that tensors on disk become."""
-        converter: Any = deepcopy(found.converter)
-        for pattern, tensor in tensors.items():
-            converter.add_tensor(live, pattern, pattern, tensor.clone())
-        made = converter.convert(live, model=self.model, config=self.model.config)[live]
-        return made[0] if isinstance(made, list) else made
-
-
-def _find(model: PreTrainedModel, source: Source) -> dict[str, _Found]:
-    """Return what each live tensor is loaded from, as `from_pretrained` of this model would."""
-    found: dict[str, _Found] = {}
-    for name, live, pattern, converter in live_places(model, source.tensors):
-        entry = found.setdefault(live, _Found(converter))
-        entry.refs.setdefault(pattern or name, []).append(source.tensors[name])
-    return found
+    def _joined(self, found: StoredTensor, tensors: dict[str, Tensor]) -> Tensor:
+        return found.join(self.model, {pattern: [tensor.clone()] for pattern, tensor in tensors.items()})
 
 
 def _candidates(shape: tuple[int, ...], stacked: bool, neurons: int) -> Iterator[NeuronAxis]:

@@ -45,7 +45,7 @@ class DenseConversion:
         for lost in write_companions(self.plan.source, folder):
             report.warnings.append(f"not carried over: {lost}")
         if self.plan.bank is not None:
-            report.factorised = losses_of(self.plan.bank)
+            report.factorised = losses_of(self.plan.bank.maps)
         report.write_seconds = round(time.perf_counter() - start, 3)
 
     def check(self, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:

@@ -14,9 +14,9 @@ from meo_hf.conversion.moe_verification import verify_moe
 from meo_hf.conversion.placement import Placement
 from meo_hf.conversion.plan import Options
 from meo_hf.conversion.progress import Progress
-from meo_hf.conversion.report import ConversionReport, source_entry, warnings_of
+from meo_hf.conversion.report import ConversionReport, losses_of, source_entry, warnings_of
 from meo_hf.conversion.source import Source
-from meo_hf.conversion.write import write_tensors
+from meo_hf.conversion.write import Targets, write_tensors
 from meo_hf.errors import UsageError
 from meo_hf.modeling.reference_meo import fingerprint
 from meo_hf.version import versions
@@ -38,6 +38,9 @@ class MoeConversion:
         if placement.reference and (placement.align or placement.copy):
             idle = "--align" if placement.align else "--copy"
             raise UsageError(f"--reference leaves the weights where they are, so {idle} has no effect: leave one out")
+        if options.truncation and any((placement.reference, placement.align, placement.copy)):
+            idle = next(f"--{name}" for name in ("reference", "align", "copy") if getattr(placement, name))
+            raise UsageError(f"--expert-rank and --expert-energy write experts anew, so {idle} has no place here")
         self.plan = build_moe_plan(sources[0], options)
         self.plan.aligned = placement.align
         if placement.reference:
@@ -50,6 +53,7 @@ class MoeConversion:
         parameters = sum(ref.spec.numel for ref in source.tensors.values())
         weights = self._how(output)
         touched = source.nbytes if weights in ("copy", "rewrite") else 0
+        specs = [spec for spec, _ in plan.bank.targets(source).values()] if plan.bank is not None else []
         return ConversionReport(
             source=source_entry(source),
             output=str(output),
@@ -59,12 +63,12 @@ class MoeConversion:
             options=options,
             layers=plan.layers,
             parameters_before=parameters,
-            parameters_after=parameters,
+            parameters_after=sum(spec.numel for spec in specs) or parameters,
             flops_dense=plan.source_flops,
             flops_meo=plan.expert_flops + plan.merge_flops // plan.tokens_per_merge,
             tokens_per_merge=plan.tokens_per_merge,
             bytes_read=touched,
-            bytes_to_write=touched,
+            bytes_to_write=sum(spec.nbytes for spec in specs) or touched,
             working_memory=plan.largest_block * 4 if weights == "rewrite" else 0,
             tensors={
                 "copied": len(source.tensors),
@@ -82,7 +86,7 @@ class MoeConversion:
     def _how(self, output: Path) -> str:
         if self._placement.reference:
             return "reference"
-        if self._placement.align:
+        if self._placement.align or self.plan.bank is not None:
             return "rewrite"
         return "link" if not self._placement.copy and can_link(self.plan.source, output) else "copy"
 
@@ -92,6 +96,9 @@ class MoeConversion:
         progress.stage({"link": "linking", "copy": "copying"}.get(report.weights, "writing"), source.nbytes)
         if self._placement.align:
             self._write_aligned(folder, report, progress)
+        elif self.plan.bank is not None:
+            self._write_targets(self.plan.bank.targets(source), folder, report, progress)
+            report.factorised = losses_of(self.plan.bank.maps)
         elif not self._placement.reference:
             report.files = place_weights(source, folder, self._placement.copy, progress.advance)
             if copied := sum(file["bytes"] for file in report.files.values() if file["how"] == "copied"):
@@ -106,11 +113,14 @@ class MoeConversion:
 
         plan = self.plan
         targets, blocks = aligned_targets(plan.source, plan.source.meta_model(), plan.layers)
-        shards = write_tensors(targets, folder, self._max_shard_size, progress.advance)
-        report.files = {shard.name: {"bytes": shard.nbytes, "sha256": shard.sha256} for shard in shards}
+        self._write_targets(targets, folder, report, progress)
         report.alignment = [
             {"layer": one.layer, "before": one.alignment.before, "after": one.alignment.after} for one in blocks
         ]
+
+    def _write_targets(self, targets: Targets, folder: Path, report: ConversionReport, progress: Progress) -> None:
+        shards = write_tensors(targets, folder, self._max_shard_size, progress.advance)
+        report.files = {shard.name: {"bytes": shard.nbytes, "sha256": shard.sha256} for shard in shards}
 
     def check(self, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:
         """Run the checks of a mode on what was written."""

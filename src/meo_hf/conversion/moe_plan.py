@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from meo_hf.conversion.adapter_bank import ranks_by_ending
+from meo_hf.conversion.moe_bank import MoeBank, moe_bank
 from meo_hf.conversion.names import live_names
 from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, Options, check_decoder_options, matches, parse_layers
 from meo_hf.conversion.source import Source, meta_model
@@ -42,6 +44,7 @@ class MoePlan:
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     aligned: bool = False
+    bank: MoeBank | None = None
 
     @property
     def family(self) -> MoeFamily:
@@ -91,6 +94,13 @@ def build_moe_plan(source: Source, options: Options) -> MoePlan:
     )  # fmt: skip
     _account(plan, stock, meo)
     _count_flops(plan, stock, [block for path, block in blocks if layer_number(path) in layers])
+    if options.truncation:
+        plan.bank = moe_bank(source, meo, options.truncation)
+        config.meo |= {"expert_format": "lowrank", "expert_ranks": ranks_by_ending(plan.bank.ranks, meo)}
+        meta_model(meo_class, config)  # which raises where a family cannot
+        plan.merge_flops = 0
+        sizes = [one.rank * sum(one.shape[1:]) for one in plan.bank.maps.values()]
+        plan.expert_flops += 2 * plan.top_k * sum(sizes)
     return plan
 
 

@@ -11,7 +11,7 @@ from meo_hf.conversion.linking import weight_files
 from meo_hf.conversion.moe_plan import MoePlan
 from meo_hf.conversion.report import Check
 from meo_hf.conversion.source import auto_class_of, index_tensors
-from meo_hf.conversion.verification import run_child
+from meo_hf.conversion.verification import bytes_check, products_check, run_child
 from meo_hf.modeling.moe_layouts_meo import layer_number, moe_blocks
 from meo_hf.modeling.reference_meo import fingerprint
 from meo_hf.modeling.remote_meo import auto_map, heads_of
@@ -23,7 +23,7 @@ def verify_moe(plan: MoePlan, folder: Path, mode: str) -> tuple[str, list[Check]
     local = weights is None or "folder" in weights
     if mode == "full" and not (local and _fits(plan)):
         mode = "sample"
-    checks = [_config_check(plan, folder)] + ([] if weights else [_files_check(plan, folder)])
+    checks = [_config_check(plan, folder)] + ([] if weights else _files_checks(plan, folder))
     return mode, [*checks, *run_child("moe_verification_child.py", _request(plan, folder, mode))]
 
 
@@ -40,6 +40,14 @@ def _config_check(plan: MoePlan, folder: Path) -> Check:
     wrong = [key for key in sorted(found.keys() | planned) if key not in added and found.get(key) != planned.get(key)]
     detail = f"differs in {', '.join(wrong)}" if wrong else f"{len(planned)} keys"
     return Check("the config is the planned one", not wrong, detail)
+
+
+def _files_checks(plan: MoePlan, folder: Path) -> list[Check]:
+    if plan.bank is None:
+        return [_files_check(plan, folder)]
+    targets, written = plan.bank.targets(plan.source), index_tensors(folder)
+    same = bytes_check(targets, written)
+    return [same, products_check(plan.bank.maps.values(), targets, written)] if same.passed else [same]
 
 
 def _files_check(plan: MoePlan, folder: Path) -> Check:
@@ -74,7 +82,8 @@ def _request(plan: MoePlan, folder: Path, mode: str) -> dict[str, Any]:
         "same_top_k": plan.top_k == plan.source_top_k,
         "aligned": plan.aligned,
         "missing": plan.missing,
-        "on_disk": sorted(plan.source.tensors),
+        "on_disk": sorted(plan.source.tensors if plan.bank is None else plan.bank.targets(plan.source)),
+        "stacks": {} if plan.bank is None else {one.live: [one.path, one.map] for one in plan.bank.stacks.values()},
         "stackable": plan.family.layout in ("stacked", "llama4"),
         "definable": plan.family.layout == "stacked" and plan.family.poolings[0] == "hidden" and not zero_experts,
         "experts_per_gate": plan.top_k,

@@ -50,7 +50,21 @@ def load(request, top_k=None):
         request["output"], trust_remote_code=True, output_loading_info=True, **options, **extra
     )
     stock = stock_class.from_pretrained(request["source"], config=config, **options)
+    for live, (path, name) in request["stacks"].items():
+        multiply_out(model.get_submodule(path), name, live.rpartition(".")[2], stock, live)
     return model.eval(), stock.eval(), info
+
+
+def multiply_out(module, name, parameter, stock, live):
+    """Give the stock model the experts that low-rank ones are: W_0 + B A; where it keeps modules, it stays as it is."""
+    own = dict(stock.named_parameters()).get(live)
+    if own is None:
+        return
+    factors = module.low_rank[name.removesuffix("_proj")]
+    whole = module.stack(name)[0].data + factors.B.data @ factors.A.data
+    probe = copy.copy(module)
+    probe._parameters = {**module._parameters, parameter: own}
+    probe.stack(name)[0].data[: len(whole)].copy_(whole)
 
 
 def loading_check(request, info):
@@ -63,9 +77,12 @@ def loading_check(request, info):
     return {"name": "loads without meo_hf", "passed": not bad, "detail": detail[:500]}
 
 
-def tensors_check(model, stock):
-    """Every tensor that both models have under one name holds the same values."""
+def tensors_check(request, model, stock):
+    """Every tensor that both models have under one name holds the same values; low-rank experts stand for others."""
     state, expected = model.state_dict(), stock.state_dict()
+    state = {
+        name: tensor for name, tensor in state.items() if name not in request["stacks"] and ".low_rank." not in name
+    }
     expected |= {name: stack_of(stock, name) for name in state if name not in expected}
     shared = [name for name in expected if name in state]
     differing = [name for name in shared if not torch.equal(state[name], expected[name])]
@@ -225,7 +242,7 @@ def check_full(request):
     model, stock, info = load(request)
     checks = [loading_check(request, info)]
     if not request["aligned"]:
-        checks.append(tensors_check(model, stock))
+        checks.append(tensors_check(request, model, stock))
     elif request["kind"] != "encoder-decoder":
         own = type(stock).from_pretrained(
             request["output"], config=stock.config, dtype=torch.float32, attn_implementation="eager"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from meo_hf.conversion.adapter_bank import AdapterBank
-from meo_hf.conversion.expert_bank import ExpertBank
+from meo_hf.conversion.factorise import Factorised
 from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.plan import Plan
 from meo_hf.conversion.source import Source
@@ -166,9 +167,9 @@ def adapter_warnings(bank: AdapterBank, source: Source) -> list[str]:
     return warnings
 
 
-def losses_of(bank: ExpertBank) -> list[dict[str, Any]]:
+def losses_of(maps: Mapping[str, Factorised]) -> list[dict[str, Any]]:
     """Return per linear map what its rank left out."""
-    return [{"map": path, **asdict(one.loss)} for path, one in bank.maps.items() if one.loss is not None]
+    return [{"map": path, **asdict(one.loss)} for path, one in maps.items() if one.loss is not None]
 
 
 def warnings_of(missing: list[str], carried: list[str], model_class: str) -> list[str]:

@@ -47,29 +47,32 @@ def verify_files(plan: Plan, folder: Path, mode: str, on_bytes: Callable[[int], 
     if mode == "none":
         return []
     written = index_tensors(folder)
-    same = _bytes_check(plan, written, on_bytes)
+    same = bytes_check(plan.targets, written, on_bytes)
     if set(written) != set(plan.targets):  # nothing could be said about a model that lacks tensors
         return [same]
     kept = [] if plan.bank is None else [products_check(plan.bank.maps.values(), plan.targets, written)]
     return [same, *kept, *run_child("verification_child.py", _request(plan, folder, written, mode))]
 
 
-def _bytes_check(plan: Plan, written: dict[str, TensorRef], on_bytes: Callable[[int], None]) -> Check:
+def bytes_check(
+    targets: Targets, written: dict[str, TensorRef], on_bytes: Callable[[int], None] = lambda _: None
+) -> Check:
     """Derive every target from the sources again and compare it with the file, streaming."""
     name = "every tensor holds the bytes that the sources give"
-    if set(written) != set(plan.targets):
-        wrong = sorted(set(written) ^ set(plan.targets))
+    if set(written) != set(targets):
+        wrong = sorted(set(written) ^ set(targets))
         return Check(name, False, f"{len(wrong)} tensors are too many or missing, e.g. {wrong[0]}")
-    for tensor, (spec, recipe) in plan.targets.items():
+    for tensor, (spec, recipe) in targets.items():
         if written[tensor].spec != spec:
             return Check(name, False, f"{tensor} is {written[tensor].spec}, planned was {spec}")
         if isinstance(recipe, Factor):  # a decomposition is checked by what it is for
             continue
         if not _same(recipe.chunks(spec), written[tensor].chunks(), on_bytes):
             return Check(name, False, f"{tensor} differs from its sources")
-    factors = sum(isinstance(recipe, Factor) for _, recipe in plan.targets.values())
+    factors = sum(isinstance(recipe, Factor) for _, recipe in targets.values())
+    nbytes = sum(spec.nbytes for spec, _ in targets.values())
     besides = f"; {factors} factors of experts are checked by their products" if factors else ""
-    return Check(name, True, f"{len(written) - factors} tensors of {plan.nbytes:,} bytes in all{besides}")
+    return Check(name, True, f"{len(written) - factors} tensors of {nbytes:,} bytes in all{besides}")
 
 
 def products_check(maps: Iterable[Factorised], targets: Targets, written: dict[str, TensorRef]) -> Check:
