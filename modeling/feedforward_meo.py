@@ -143,7 +143,9 @@ class MeoFeedForward(HostsExperts, nn.Module):
         def router(features: int) -> MeoRouter:
             if self.level == "task":
                 features = context.description_size or len(settings.tasks)
-            made = MeoRouter(features, settings.num_experts, settings.top_k, settings.router == "noisy_top_k")
+            biased = settings.expert_format == "lowrank" and self.level != "task"
+            noisy = settings.router == "noisy_top_k"
+            made = MeoRouter(features, settings.num_experts, settings.top_k, noisy, biased)
             return made.to(device=self.experts.down_proj.device, dtype=self.experts.down_proj.dtype)
 
         if self.scope == "ffn":
@@ -288,8 +290,9 @@ class MeoFeedForward(HostsExperts, nn.Module):
         for router in self.modules():
             if isinstance(router, MeoRouter):
                 init.normal_(router.weight, std=0.02)
-                if router.noise_weight is not None:
-                    init.zeros_(router.noise_weight)
+                for name in ("noise_weight", "bias"):
+                    if getattr(router, name) is not None:
+                        init.zeros_(getattr(router, name))
         if self.adapter is not None:
             init.kaiming_uniform_(self.adapter.down.weight, a=5**0.5)
             for zero in (self.adapter.down.bias, self.adapter.up.weight, self.adapter.up.bias):

@@ -22,14 +22,16 @@ class Gates(NamedTuple):
 class MeoRouter(nn.Module):
     """Noisy top-k router: keep the K largest logits and take their softmax (Shazeer et al. 2017, arXiv 1701.06538).
 
-    Input is a pooled state [G, D], or task ids [G], for which column t of `weight` holds task t's logits.
+    Input is a pooled state [G, D], or task ids [G], for which column t of `weight` holds task t's logits. With a
+    `bias` [E] the largest logit can tell the nearest of E points.
     """
 
-    def __init__(self, in_features: int, num_experts: int, top_k: int, noisy: bool) -> None:
+    def __init__(self, in_features: int, num_experts: int, top_k: int, noisy: bool, bias: bool = False) -> None:
         super().__init__()
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, in_features))
         self.noise_weight = nn.Parameter(torch.empty(num_experts, in_features)) if noisy else None
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.tally: Any = None  # counts what is selected, where somebody watches the training
 
     def forward(self, inputs: Tensor, real: Tensor | None = None) -> tuple[Gates, Tensor]:
@@ -39,6 +41,7 @@ class MeoRouter(nn.Module):
         """
         with torch.autocast(inputs.device.type, enabled=False):
             clean = self._project(inputs, self.weight)  # [G, E]
+            clean = clean if self.bias is None else clean + self.bias.to(clean.dtype)
             logits, std = clean, None
             if self.training and self.noise_weight is not None:
                 std = F.softplus(self._project(inputs, self.noise_weight)) + 1e-2

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .arguments_meo import fixed_task
 from .configuration_meo import MeoSettings
+from .errors_meo import RoutingError
 from .feedforward_meo import MeoFeedForward
 from .groups_meo import TaskGroups
 from .low_rank_meo import Factors, low_rank_linear, part_of
@@ -32,6 +33,12 @@ class TaskLinear:
         """Map rows [B, S, I], or flattened [B * S, I]; keeps the shape."""
         y = super().forward(x)  # type: ignore[misc]
         call = self._context.call()
+        if call.rows is None or x.shape[:-1].numel() % call.rows or (x.dim() > 2 and x.shape[0] != call.rows):
+            raise RoutingError(
+                f"a linear map with a part for each task got {tuple(x.shape)} in a batch of {call.rows} rows: what it "
+                "maps belongs to no row (such as relative positions), so no task's part fits. Convert with `outside` "
+                "`merge`, or from adapters that leave such maps alone"
+            )
         groups = TaskGroups(fixed_task(self._context, call), call.task_ids)
         cells = groups.split(call.grouped(x))
         tasks = groups.read("hidden", cells).to(x.device)

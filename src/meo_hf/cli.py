@@ -18,7 +18,7 @@ from rich.markup import escape
 from meo_hf.cli_bench import bench
 from meo_hf.cli_compare import compare_command
 from meo_hf.cli_recover import recover_command
-from meo_hf.cli_tasks import adapter_names, task_names
+from meo_hf.cli_tasks import adapter_names, example_files, task_names
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
@@ -191,6 +191,13 @@ def convert_command(
             "weights, or they are refused.  [default: gate at level task, else refuse]"
         ),
     ] = None,
+    example: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Text that adapter NAME is for, at level sequence: routers are made of one file per adapter.",
+        ),
+    ] = None,
     expert_rank: Annotated[
         int | None,
         typer.Option(help="Keep experts (of --expert, or a mixture) as parts of this rank beside one weight."),
@@ -247,6 +254,7 @@ def convert_command(
             experts=expert or (),
             adapters=adapter_names(adapter or []),
             outside=_value(outside),
+            examples=example_files(example or []),
             expert_rank=expert_rank,
             expert_energy=expert_energy,
             expert_center=_value(expert_center),

@@ -1,4 +1,4 @@
-"""The options `--task`, in which a task may be described, and `--adapter`, in which one may be named."""
+"""Options that name things: `--task`, which may describe it, `--adapter` and `--example`."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def adapter_names(given: list[str]) -> list[str] | dict[str, str]:
     if len({name for name, _ in named}) < len(named):
         raise UsageError("two adapters have the same name: give each one as --adapter NAME=ADAPTER")
     return dict(named)
+
+
+def example_files(given: list[str]) -> dict[str, str]:
+    """Return text files by adapter; raises UsageError for one without a name, or a name that comes twice."""
+    pairs = [text.partition("=") for text in given]
+    if bare := [name for name, equals, _ in pairs if not equals]:
+        raise UsageError(f"--example {bare[0]!r} names no adapter: give NAME=FILE")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UsageError("--example names an adapter twice: give one file each")
+    return {name: path for name, _, path in pairs}

@@ -50,6 +50,7 @@ def convert(
     experts: Sequence[str | os.PathLike[str]] = (),
     adapters: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] = (),
     outside: str | None = None,
+    examples: Mapping[str, str | os.PathLike[str]] | None = None,
     expert_rank: int | None = None,
     expert_energy: float | None = None,
     expert_center: str | None = None,
@@ -86,9 +87,12 @@ def convert(
     an expert, kept as a low-rank part beside the base's weights. At level `task`, their default, a row computes what
     the base with its task's adapter does. `outside` says what becomes of adapters' parts of other linear maps than
     those of feed-forwards: `gate` (each row gets its task's; the default of level `task`), `merge` (the mean of all
-    goes into the weights) or `refuse`. `expert_rank`, or `expert_energy` (a share of the squared differences), keeps
-    full experts as low-rank parts too, beside the dense source (`expert_center` `source`) or the experts' mean (`mean`,
-    the only way for a mixture of experts); the report says what was left out.
+    goes into the weights) or `refuse`. `examples` are text files by adapter: at level `sequence` routers are made of
+    what they read in these (else they are random, and to be trained).
+
+    `expert_rank`, or `expert_energy` (a share of the squared differences), keeps full experts as low-rank parts too,
+    beside the dense source (`expert_center` `source`) or the experts' mean (`mean`, the only way for a mixture of
+    experts); the report says what was left out.
 
     A mixture of experts keeps its own experts, router and weight files: they are hard-linked where that is possible,
     copied with `copy`, or left at the source with `reference` (a Hub repository at its commit, or a folder); `align`
@@ -124,6 +128,7 @@ def convert(
         dtype=_dtype(dtype),
         seed=seed,
         outside=outside,
+        examples=tuple((name, os.fspath(path)) for name, path in (examples or {}).items()),
         expert_rank=expert_rank,
         expert_energy=expert_energy,
         expert_center=expert_center,
@@ -167,8 +172,9 @@ def _conversion(
 ) -> DenseConversion | MoeConversion:
     """Plan the conversion of opened sources, dense or a mixture of experts."""
     if isinstance(opened[0].family, MoeFamily):
-        if options.outside is not None:
-            raise UsageError("--outside has no effect on a mixture of experts: leave it out")
+        if options.outside is not None or options.examples:
+            idle = "--example" if options.examples else "--outside"
+            raise UsageError(f"{idle} has no effect on a mixture of experts: leave it out")
         return MoeConversion(opened, options, placement, max_shard_size)
     for name, asked in (("--reference", placement.reference), ("--align", placement.align), ("--copy", placement.copy)):
         if asked:
@@ -210,7 +216,8 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
         return report
     kept = dict(report.options)
     read = SourceOptions(report.source["commit"], token, kept["trust_remote_code"], kept["allow_pickle"])
-    lists = {name: tuple(kept.get(name, ())) for name in ("tasks", "descriptions")}
+    lists: dict[str, Any] = {name: tuple(kept.get(name, ())) for name in ("tasks", "descriptions")}
+    lists["examples"] = tuple((name, path) for name, path in kept.get("examples", ()))
     single = {name: kept.get(name, value) for name, value in asdict(Options()).items() if name not in lists}
     options = Options(**single | {"dtype": _dtype(kept["dtype"])} | lists)
     placement = Placement(**{k: kept[k] for k in asdict(Placement())})

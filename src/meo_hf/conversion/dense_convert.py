@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meo_hf.conversion.companions import write_companions
+import torch
+
+from meo_hf.conversion.centroids import fit, overwrite, pieces_of, read_examples
+from meo_hf.conversion.companions import load_tokenizer, write_companions
 from meo_hf.conversion.lora_source import LoraSource
+from meo_hf.conversion.names import disk_names
 from meo_hf.conversion.plan import Options, build_plan
 from meo_hf.conversion.progress import Progress
 from meo_hf.conversion.report import ConversionReport, losses_of, report_of
-from meo_hf.conversion.source import Source, public_name
+from meo_hf.conversion.safetensors_files import sha256_of
+from meo_hf.conversion.source import Source, index_tensors, public_name, quiet_transformers
 from meo_hf.conversion.verification import mode_that_fits, outside_differences, verify_files
 from meo_hf.conversion.write import write_tensors
+from meo_hf.errors import UsageError
 
 
 class DenseConversion:
@@ -44,9 +50,41 @@ class DenseConversion:
         self.plan.config.save_pretrained(folder)
         for lost in write_companions(self.plan.source, folder):
             report.warnings.append(f"not carried over: {lost}")
+        if self.plan.options.examples:
+            self._fit_routers(folder, report, progress)
         if self.plan.bank is not None:
             report.factorised = losses_of(self.plan.bank.maps)
         report.write_seconds = round(time.perf_counter() - start, 3)
+
+    def _fit_routers(self, folder: Path, report: ConversionReport, progress: Progress) -> None:
+        """Make the written model's routers of example texts."""
+        plan = self.plan
+        tokenizer = load_tokenizer(plan.source)
+        if tokenizer is None:
+            raise UsageError(f"{plan.source.name} has no tokenizer to read --example with: leave it out")
+        paths = dict(plan.options.examples)
+        names = [] if plan.adapters is None else [adapter.task for adapter in plan.adapters.adapters]
+        pieces = [pieces_of(Path(paths[name]).expanduser(), tokenizer, name) for name in names]
+        progress.stage("reading examples", sum(map(len, pieces)))
+        with quiet_transformers():
+            model = plan.model_class.from_pretrained(folder, dtype=torch.float32).eval()
+        reads = read_examples(model, pieces, lambda: progress.advance(1))
+        written, disks = index_tensors(folder), disk_names(model, model.state_dict())
+        changed, right = set(), []
+        for name, each in reads.items():
+            fitted = fit(each)
+            right.append(fitted.right)
+            for leaf in ("weight", "bias"):
+                ref = written[disks[f"{name}.{leaf}"]]
+                overwrite(ref, getattr(fitted, leaf))
+                changed.add(ref.path)
+        for path in changed:
+            report.files[path.name]["sha256"] = sha256_of(path)
+        report.routed = {
+            "pieces": dict(zip(names, map(len, pieces), strict=True)),
+            "right": round(sum(right) / len(right), 4),
+            "worst_router": round(min(right), 4),
+        }
 
     def check(self, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:
         """Run the checks of a mode on what was written."""

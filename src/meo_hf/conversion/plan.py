@@ -23,6 +23,7 @@ from meo_hf.conversion.adapter_bank import (
     ranks_by_ending,
 )
 from meo_hf.conversion.births import BIRTHS, ROUTER_STD, Copied, Drawn, Recipe, Stacked
+from meo_hf.conversion.centroids import Fitted
 from meo_hf.conversion.companions import load_tokenizer
 from meo_hf.conversion.expert_bank import ExpertBank, Truncation, expert_bank
 from meo_hf.conversion.factorise import Factor, Mean
@@ -66,6 +67,7 @@ class Options:
     dtype: torch.dtype | None = None
     seed: int = 0
     outside: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
     expert_rank: int | None = None
     expert_energy: float | None = None
     expert_center: str | None = None
@@ -175,12 +177,14 @@ def build_plan(
     adapted = bank = None
     if adapters:
         _check_adapter_options(options, experts)
+        _check_examples(options, [adapter.task for adapter in adapters])
         adapted = bank_of(adapters, blocks, dense, options.level or "task", options.outside)
         ranks = {path: rank(parts) for path, parts in adapted.gated.items()}
         own = {**adapted.settings(options.top_k), "level": options.level or "task"}
         own["expert_ranks"] = ranks_by_ending(ranks, dense)
-    elif options.outside is not None:
-        raise UsageError("--outside has no effect without --adapter: leave it out")
+    elif options.outside is not None or options.examples:
+        idle = "--example" if options.examples else "--outside"
+        raise UsageError(f"{idle} has no effect without --adapter: leave it out")
     elif options.truncation:
         if not experts:
             raise UsageError("--expert-rank and --expert-energy need experts that differ: give --expert checkpoints")
@@ -222,6 +226,17 @@ def _check_adapter_options(options: Options, experts: Sequence[Source]) -> None:
     if wrong := [name for name, was in given.items() if was]:
         reason = reasons.get(wrong[0], "experts come from checkpoints or from adapters")
         raise UsageError(f"{wrong[0]} has no effect with --adapter ({reason}): leave one out")
+
+
+def _check_examples(options: Options, names: list[str]) -> None:
+    """Raise UsageError for example texts that name no adapter, or not all."""
+    given = [name for name, _ in options.examples]
+    if not given:
+        return
+    if (options.level or "task") == "task":
+        raise UsageError("--example has no effect at level task, where rows say their task: add --level sequence")
+    if lost := [name for name in (*names, *given) if name not in names or given.count(name) != 1]:
+        raise UsageError(f"--example is needed once for each of the adapters {', '.join(names)}: check {lost[0]!r}")
 
 
 def _check_feed_forwards(source: Source, blocks: Sequence[Block], refs: dict[str, TensorRef]) -> None:
@@ -324,8 +339,7 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
         if name in recipes:
             continue
         if name in created:
-            own = plan.adapters is not None and plan.adapters.level == "task" and ".router." in name
-            recipes[name] = OwnExpert() if own else _drawn(name, tuple(state[name].shape), plan.options.seed)
+            recipes[name] = _new(plan, name, tuple(state[name].shape))
             plan.created.append(name)
         elif name in by_live:
             _check_shape(plan.source, by_live[name], tuple(state[name].shape))
@@ -426,10 +440,18 @@ def _new_names(meo: PreTrainedModel, path: str) -> Iterator[str]:
             yield f"{path}.{name}"
 
 
+def _new(plan: Plan, name: str, shape: tuple[int, ...]) -> Recipe:
+    """Return where a tensor that no checkpoint has comes from."""
+    gate = ".router." in name and not name.endswith("noise_weight")
+    if gate and plan.adapters is not None and plan.adapters.level == "task":
+        return OwnExpert()
+    return Fitted() if gate and plan.options.examples else _drawn(name, shape, plan.options.seed)
+
+
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Drawn:
     if name.endswith("adapter.down.weight"):
         return Drawn(0.0, name, seed, bound=shape[1] ** -0.5)
-    is_gate = ".router." in name and not name.endswith("noise_weight")
+    is_gate = ".router." in name and not name.endswith(("noise_weight", "bias"))
     return Drawn(ROUTER_STD if is_gate else 0.0, name, seed)
 
 
@@ -440,7 +462,7 @@ def _dtype_code(plan: Plan, dense: PreTrainedModel, name: str, recipe: Recipe) -
         asked = asked or plan.source.dtype
     if isinstance(recipe, Padded) and plan.adapters is not None:
         return CODES[asked or plan.adapters.dtype]
-    if isinstance(recipe, (Drawn, OwnExpert, Factor, Mean)):
+    if isinstance(recipe, (Drawn, OwnExpert, Factor, Fitted, Mean)):
         return CODES[asked or plan.source.dtype]
     ref = recipe.experts[0][0] if isinstance(recipe, Stacked) else cast("Copied | Summed", recipe).source
     if asked is None or not DTYPES[ref.spec.dtype].is_floating_point:

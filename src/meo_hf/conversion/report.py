@@ -35,7 +35,8 @@ class ConversionReport:
     Sizes are bytes, times seconds. FLOPs are per token, of all linear maps (attention scores left out), for
     groups of `tokens_per_merge` tokens with merging charged as top_k * |W| per group. `weights` says how they came to
     the output: `rewrite`, or for a mixture of experts also `link`, `copy` or `reference`; `alignment` holds, per layer,
-    the experts' distance before and after, `factorised`, per linear map, what a low rank left out of them.
+    the experts' distance before and after, `factorised`, per linear map, what a low rank left out of them, `routed`,
+    where routers are made of examples, the share of left-out pieces that they send to their own expert.
     """
 
     source: dict[str, Any]
@@ -60,6 +61,7 @@ class ConversionReport:
     alignment: list[dict[str, Any]] = field(default_factory=list)
     adapters: list[dict[str, Any]] = field(default_factory=list)
     factorised: list[dict[str, Any]] = field(default_factory=list)
+    routed: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     verification: str = "none"
     checks: list[Check] = field(default_factory=list)
