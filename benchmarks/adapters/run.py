@@ -13,7 +13,6 @@ import copy
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from meo_hf.modeling.router_meo import MeoRouter
 from peft import LoraConfig, get_peft_model
+from timing import detach_files, in_turns, median_ms, now, ratio, twin
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -79,32 +79,26 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
             dtype=args.dtype, verify="none",
         )  # fmt: skip
         base = AutoModelForCausalLM.from_pretrained(Path(folder) / "meo", device_map=args.device).eval()
-        for parameter in base.parameters():
-            parameter.data = parameter.data.clone()  # else they would stay mapped to the folder that goes now
+        detach_files(base)
     generator = torch.Generator().manual_seed(0)
     for module in base.modules():
         if isinstance(module, MeoRouter):
             module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator))
             if module.noise_weight is not None:
                 module.noise_weight = None  # so that steps of all variants select the same experts
-    shared = {id(p): p for p in base.parameters()}
     names = [name for role in ("up", "down") for name in stacks(base, role)]
     lora = {"r": args.rank, "lora_alpha": 2 * args.rank, "init_lora_weights": False}
 
-    def twin() -> Any:
-        """Return a model of its own modules with the same weights."""
-        return copy.deepcopy(base, dict(shared))
-
     def adapted(config: Any) -> Any:
         torch.manual_seed(0)
-        made = get_peft_model(twin(), config)
+        made = get_peft_model(twin(base), config)
         for name, parameter in made.named_parameters():
             if ".lora_B" in name:
                 parameter.data.mul_(4)
         return made.eval()
 
     plain = LoraConfig(target_modules=[], target_parameters=names, **lora)
-    made: dict[str, Any] = {"none": twin().requires_grad_(False)}
+    made: dict[str, Any] = {"none": twin(base).requires_grad_(False)}
     for module in made["none"].modules():
         if isinstance(module, MeoRouter):
             module.weight = torch.nn.Parameter(module.weight.detach().clone())
@@ -182,33 +176,6 @@ def training(model: Any, args: argparse.Namespace) -> Callable[[], float]:
         return seconds
 
     return run
-
-
-def in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Time all calls in turns, each round beginning with the next one; a first round is dropped."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            seconds = calls[name]()
-            if number:
-                found[name].append(seconds)
-    return found
-
-
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def median_ms(seconds: list[float]) -> float:
-    return round(1e3 * statistics.median(seconds), 2)
-
-
-def ratio(mine: list[float], base: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(mine, base, strict=True)), 3)
 
 
 if __name__ == "__main__":
