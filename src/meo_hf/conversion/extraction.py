@@ -26,6 +26,9 @@ from meo_hf.modeling.blocks_meo import find_blocks
 from meo_hf.modeling.configuration_meo import MeoSettings, settings_of
 from meo_hf.modeling.descriptions_meo import describe
 from meo_hf.modeling.families_meo import family_of
+from meo_hf.modeling.feedforward_meo import converts
+from meo_hf.modeling.low_rank_meo import LowRank, merged_part
+from meo_hf.modeling.merger_meo import bank_key
 from meo_hf.modeling.merging_meo import merge_experts
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.router_meo import MeoRouter
@@ -35,7 +38,8 @@ from meo_hf.modeling.router_meo import MeoRouter
 class Merged:
     """A dense tensor: an expert stack merged in float32 with one task's gates, a part of it, cast once.
 
-    `read` [1] or [1, D] is what the gates read of the task.
+    `read` [1] or [1, D] is what the gates read of the task. With `factors` A and B the stack holds one weight, to which
+    their products are added.
     """
 
     stack: TensorRef
@@ -44,6 +48,8 @@ class Merged:
     top_k: int
     rows: tuple[int, int] | None
     transposed: bool
+    factors: tuple[TensorRef, TensorRef] | None = None
+    shared: bool = False
 
     def chunks(self, target: TensorSpec) -> Iterator[memoryview]:
         """Yield the target's bytes."""
@@ -52,10 +58,30 @@ class Merged:
         router.weight.data = weight
         with torch.no_grad():
             gates, _ = router.eval()(self.read)
-            merged = merge_experts(self.stack.load(), *gates)[0]
+            merged = self.stack.load()[0].float() if self.shared else merge_experts(self.stack.load(), *gates)[0]
         merged = merged[slice(*self.rows)] if self.rows else merged
+        if self.factors is not None:
+            down, up = (ref.load() for ref in self.factors)
+            merged = merged + merged_part(LowRank(down, up, 1.0), gates)[0][0]
         merged = merged.t() if self.transposed and merged.dim() == 2 else merged
         yield raw_bytes(merged.to(DTYPES[target.dtype]))
+
+
+@dataclass(frozen=True)
+class WithPart:
+    """A weight with what one task adds to it; `transposed` where it is stored [in, out]."""
+
+    source: TensorRef
+    factors: tuple[TensorRef, TensorRef]
+    task: int
+    transposed: bool
+
+    def chunks(self, target: TensorSpec) -> Iterator[memoryview]:
+        """Yield the target's bytes."""
+        down, up = (ref.load()[self.task].float() for ref in self.factors)
+        delta = up @ down
+        weight = self.source.load().float() + (delta.t() if self.transposed else delta)
+        yield raw_bytes(weight.to(DTYPES[target.dtype]))
 
 
 def extract(
@@ -86,7 +112,7 @@ def extract(
     dense_config = _dense_config(config)
     dense_class = getattr(transformers, meo_class.__name__.removeprefix("Meo"))
     meo, dense = meta_model(meo_class, config), meta_model(dense_class, dense_config)
-    targets = _targets(meo, dense, tensors, settings, _read_of_task(meo, tensors, settings, index))
+    targets = _targets(meo, dense, tensors, settings, _read_of_task(meo, tensors, settings, index), index)
     check_space(output, sum(spec.nbytes for spec, _ in targets.values()))
     with written_beside(output, overwrite) as partial:
         write_tensors(targets, partial, max_shard_size)
@@ -144,13 +170,18 @@ def _read_of_task(meo: PreTrainedModel, tensors: dict[str, TensorRef], settings:
 
 
 def _targets(
-    meo: PreTrainedModel, dense: PreTrainedModel, tensors: dict[str, TensorRef], settings: MeoSettings, read: Tensor
+    meo: PreTrainedModel,
+    dense: PreTrainedModel,
+    tensors: dict[str, TensorRef],
+    settings: MeoSettings,
+    read: Tensor,
+    task: int,
 ) -> dict[str, tuple[TensorSpec, Recipe]]:
     live = {name: tensors[disk] for disk, name in live_names(meo, tensors).items()}
     recipes: dict[str, tuple[TensorRef, Recipe]] = {}
     replaced: set[str] = set()
     for block in find_blocks(dense, family_of(dense.config.model_type)):
-        if settings.layers is not None and block.index not in settings.layers:
+        if not converts(block, settings):
             continue
         replaced.add(f"{block.slot}.")
         first = "gate_up_proj" if block.gated else "up_proj"
@@ -166,12 +197,19 @@ def _targets(
                     stack = live[f"{block.slot}.experts.{target}{suffix}"]
                     router = live[f"{block.slot}.{_router_name(settings, path, target, len(paths), block.up)}.weight"]
                     rows = (start, start + width) if len(paths) > 1 else None
-                    recipe: Recipe = Merged(stack, router, read, settings.top_k, rows, transposed)
+                    key = next(bank_key(name) for name, own in block.paths.items() if own == path)
+                    low = leaf == "weight" and settings.expert_format == "lowrank"
+                    factors = _factors(live, f"{block.slot}.experts.low_rank.{key}") if low else None
+                    recipe: Recipe = Merged(stack, router, read, settings.top_k, rows, transposed, factors, low)
                     recipes[f"{block.path}.{path}.{leaf}"] = (stack, recipe)
                 start += width
     for name, ref in live.items():
-        if not any(name.startswith(slot) for slot in replaced):
-            recipes[name] = (ref, Copied(ref))
+        if any(name.startswith(slot) for slot in replaced) or ".low_rank." in name:
+            continue
+        path = name.removesuffix(".weight")
+        factors = _factors(live, f"{path}.low_rank")
+        transposed = factors is not None and hasattr(dense.get_submodule(path), "nf")
+        recipes[name] = (ref, Copied(ref) if factors is None else WithPart(ref, factors, task, transposed))
     state = dense.state_dict()
     to_disk = disk_names(dense, [name for name in recipes if name in state])
     targets = {}
@@ -181,6 +219,10 @@ def _targets(
         spec = TensorSpec(to_disk.get(name, name), ref.spec.dtype, shape)
         targets[spec.name] = (spec, recipe)
     return targets
+
+
+def _factors(live: dict[str, TensorRef], path: str) -> tuple[TensorRef, TensorRef] | None:
+    return (live[f"{path}.A"], live[f"{path}.B"]) if f"{path}.A" in live else None
 
 
 def _router_name(settings: MeoSettings, path: str, target: str, count: int, up: Sequence[str]) -> str:
