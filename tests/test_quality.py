@@ -216,6 +216,9 @@ def test_adapters_train_what_they_say_and_are_compared_with_all_weights(cache: P
     on_experts = trained["sequence", "shared"] - head_and_attention
     assert trained["dense", "feed-forward"] == head_and_attention + on_experts
     assert trained["sequence", "per expert"] == head_and_attention + 8 * on_experts
+    embeddings = trained["dense", "attention and embeddings"] - head_and_attention
+    assert trained["sequence", "per expert and embeddings"] == trained["sequence", "per expert"] + embeddings
+    assert embeddings == tiny_config("bert").vocab_size * tiny_config("bert").hidden_size
     assert trained["sequence", "per expert and routers"] > trained["sequence", "per expert"]
     for (kind, adapter), result in results.items():
         assert result["parameters"] == whole[kind]["parameters"], "adapters are merged"
@@ -227,7 +230,7 @@ def test_adapters_train_what_they_say_and_are_compared_with_all_weights(cache: P
     page = report.page(tmp_path)
     assert f"| MEO sequence k=2, LoRA shared | {100 * results['sequence', 'shared']['test']:.1f} ± 0.0 | " in page
     assert f" | {trained['sequence', 'shared']:,} | " in page
-    assert "6 of 6 arms with adapters, 30 runs of 36 planned" in page
+    assert "8 of 8 arms with adapters, 40 runs of 48 planned" in page
     assert "| dense, LoRA feed-forward - dense | 2 |" in page
     assert "2 of 11 arms" in page, "adapters are not counted among arms that train all weights"
 

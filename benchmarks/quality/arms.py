@@ -83,6 +83,8 @@ ADAPTERS = (
     replace(DENSE, adapter="attention"),
     replace(DENSE, adapter="feed-forward"),
     Arm("sequence", 2, "copy", adapter="per expert and routers"),
+    Arm("sequence", 2, "copy", adapter="per expert and embeddings"),
+    replace(DENSE, adapter="attention and embeddings"),
 )
 """What is trained in the place of all weights, for the arms of the same kind in MAIN."""
 

@@ -19,15 +19,17 @@ HEAD = ["pooler", "classifier"]
 
 
 def lora(kind: str) -> LoraConfig:
-    """Return a kind's config: attention, feed-forward (both stock PEFT), shared, per expert or per expert and routers.
+    """Return a kind's config: attention, feed-forward (both stock PEFT), shared or per expert, and what it adds.
 
-    All but attention adapt query and value too.
+    All but attention adapt query and value too. Routers or word embeddings that a kind adds are trained as they are.
     """
-    shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "modules_to_save": HEAD, "task_type": "SEQ_CLS"}
-    if kind in ("attention", "feed-forward"):
-        return LoraConfig(target_modules=ATTENTION if kind == "attention" else FEED_FORWARD, **shared)
-    scope = "shared" if kind == "shared" else "per_expert"
-    trainable = "both" if kind.endswith("routers") else "adapters"
+    base, _, more = kind.partition(" and ")
+    saved = [*HEAD, "word_embeddings"] if more == "embeddings" else HEAD
+    shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "modules_to_save": saved, "task_type": "SEQ_CLS"}
+    if base in ("attention", "feed-forward"):
+        return LoraConfig(target_modules=ATTENTION if base == "attention" else FEED_FORWARD, **shared)
+    scope = "shared" if base == "shared" else "per_expert"
+    trainable = "both" if more == "routers" else "adapters"
     return MeoLoraConfig(target_modules=["up", "down", *ATTENTION], scope=scope, trainable=trainable, **shared)
 
 

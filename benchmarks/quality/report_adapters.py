@@ -15,11 +15,12 @@ from runs import ArmRuns, Entry, arm_runs, by_study
 
 SWEEP = 4
 MEO = Arm("sequence", 2, "copy")
-PER_EXPERT, SHARED, ATTENTION, DENSE_ATTENTION, DENSE_FEED_FORWARD, WITH_ROUTERS = ADAPTERS
+PER_EXPERT, SHARED, ATTENTION, DENSE_ATTENTION, DENSE_FEED_FORWARD, WITH_ROUTERS, *EMBEDDINGS = ADAPTERS
 AGAINST_FULL = (
     *((arm, MEO) for arm in (PER_EXPERT, WITH_ROUTERS, SHARED, ATTENTION)),
     *((arm, DENSE) for arm in (DENSE_ATTENTION, DENSE_FEED_FORWARD)),
 )
+CONTROLS = ((EMBEDDINGS[0], MEO), (EMBEDDINGS[1], DENSE))
 AMONG_ADAPTERS = (
     (PER_EXPERT, SHARED),
     (PER_EXPERT, ATTENTION),
@@ -27,18 +28,22 @@ AMONG_ADAPTERS = (
     (PER_EXPERT, DENSE_FEED_FORWARD),
     (SHARED, DENSE_FEED_FORWARD),
     (ATTENTION, DENSE_ATTENTION),
+    (EMBEDDINGS[0], PER_EXPERT),
+    (EMBEDDINGS[1], DENSE_ATTENTION),
 )
 INTRODUCTION = f"""## Adapters against full fine-tuning
 
 The same models, steps, seeds and rows as under Classification, but only adapters and the head (pooler and classifier,
-which begin fresh in every arm) are trained; embeddings are not. LoRA of rank {RANK}, alpha {2 * RANK}, no dropout; all
-arms adapt query and value. The rate is the best of four, from 0.0003 to 0.01, where all weights had three.
+which begin fresh in every arm) are trained. LoRA of rank {RANK}, alpha {2 * RANK}, no dropout; all arms adapt query and
+value. The rate is the best of four, from 0.0003 to 0.01, where all weights had three.
 
 - `attention`: nothing else, by stock PEFT. On a MEO model whose experts are born as copies they stay copies, so this
   is the dense model with that LoRA in another form.
 - `per expert`: a pair of factors for each expert (`MeoLoraConfig`, both maps), merged by gates that are not trained;
   `and routers`: by gates that are. `shared`: one pair for the merged expert; experts stay copies here too.
-- `feed-forward`: stock PEFT on both maps of the dense feed-forward.
+- `feed-forward`: stock PEFT on both maps of the dense feed-forward, which `shared` on a MEO model is in another form.
+- `and embeddings`: word embeddings are trained too, all of them. A control, added after the other arms were seen: does
+  what they lack come from frozen embeddings, which are most of this model?
 - *Trained*: parameters that get updates, the head's among them; *share*: of those that full fine-tuning trains.
   *Distance*: as under Breaking symmetry, after the adapter was merged into the weights. FLOPs ratios hold for adapters
   that are merged so.
@@ -76,7 +81,7 @@ def _studies(folder: Path) -> Iterator[tuple[tuple[Any, ...], list[Entry], list[
         found = [runs for arm in (MEO, DENSE) if (runs := arm_runs(own, arm)) is not None]
         found += [runs for arm in ADAPTERS if (runs := arm_runs(own, arm, SWEEP)) is not None]
         if any(runs.arm.adapter for runs in found):
-            yield study, own, found, compare_pairs(found, [*AGAINST_FULL, *AMONG_ADAPTERS])
+            yield study, own, found, compare_pairs(found, [*AGAINST_FULL, *CONTROLS, *AMONG_ADAPTERS])
 
 
 def _trained(runs: ArmRuns) -> int:
@@ -99,9 +104,14 @@ def _table(found: Sequence[ArmRuns]) -> str:
 
 def _told(compared: Sequence[Pair]) -> list[str]:
     """Count what adapters show against all weights, for both kinds of models."""
+    groups = {
+        "MEO": [pair for pair in AGAINST_FULL if pair[1] == MEO],
+        "dense": [pair for pair in AGAINST_FULL if pair[1] == DENSE],
+        "with word embeddings trained too": CONTROLS,
+    }
     told = []
-    for name, full in (("MEO", MEO), ("dense", DENSE)):
-        own = [pair for pair in compared if pair.second == full]
+    for name, pairs in groups.items():
+        own = [pair for pair in compared if (pair.first, pair.second) in pairs]
         told += [f"{name}: {tally(own)}"] if own else []
     return told
 
