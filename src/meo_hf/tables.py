@@ -49,13 +49,16 @@ def report_table(report: ConversionReport) -> Table:
         "born by": _birth(report),
         "layers": ", ".join(map(str, report.layers)),
         "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
-        "FLOPs per token": f"{report.flops_dense:,} -> {report.flops_meo:,} "
-        f"(linear maps; {report.tokens_per_merge} tokens per merged expert; merge charged as top_k * weights)",
+        "FLOPs per token": f"{report.flops_dense:,} -> {report.flops_meo:,} " + _charged(report),
         "tensors": f"{report.tensors['copied']} copied, {report.tensors['expert_stacks']} expert stacks, "
         f"{report.tensors['new']} new (routers{', token blocks' if meo['level'] == 'token' else ''})",
     }
     if report.is_moe:
         rows["tensors"] = f"{report.tensors['copied']}, {_WEIGHTS[report.weights]}"
+    if ranks := meo.get("expert_ranks"):
+        rows["kept as"] = "one weight and parts of rank " + ", ".join(f"{r} ({n})" for n, r in ranks.items())
+        if report.is_moe:
+            rows["tensors"] = "experts' mean and their parts, all else copied"
     if report.dry_run:
         rows["would write"] = f"{report.bytes_to_write:,} bytes of weights"
         rows["memory needed"] = f"about {(report.working_memory + 700 * 2**20) / 2**20:,.0f} MiB, without checks"
@@ -68,6 +71,13 @@ def report_table(report: ConversionReport) -> Table:
             rows[f"{file['how']} {name}"] = f"{file['bytes']:,} bytes"
     for row in report.alignment:
         rows[f"distance of experts, layer {row['layer']}"] = f"{row['before']:.4f} -> {row['after']:.4f}"
+    for one in report.factorised:
+        rows[f"lost of {one['map']}"] = f"relative error {one['error']:.4f}, {one['kept']:.1%} of what differs is kept"
+    if report.routed:
+        rows["examples"] = (
+            f"{report.routed['right']:.1%} of left-out pieces reach their adapter (mean of routers; the worst "
+            f"{report.routed['worst_router']:.1%})"
+        )
     for check in report.checks:
         rows["passed" if check.passed else "FAILED"] = ""
         rows[f"  {check.name}"] = check.detail
@@ -84,6 +94,12 @@ _WEIGHTS = {
 }
 
 
+def _charged(report: ConversionReport) -> str:
+    if report.meo.get("expert_format") == "lowrank":
+        return "(linear maps; low-rank parts of top_k experts for each token)"
+    return f"(linear maps; {report.tokens_per_merge} tokens per merged expert; merge charged as top_k * weights)"
+
+
 def _gating(meo: dict[str, Any]) -> str:
     if "gate_scope" in meo:
         return f"gate scope {meo['gate_scope']}"
@@ -93,7 +109,8 @@ def _gating(meo: dict[str, Any]) -> str:
 def _birth(report: ConversionReport) -> str:
     if report.is_moe:
         return "the source's own"
-    return ", ".join(e["id"] for e in report.experts) or report.options["expert_init"]
+    adapters = ", ".join(f"{one['task']} ({one['id']})" for one in report.adapters)
+    return adapters or ", ".join(e["id"] for e in report.experts) or report.options["expert_init"]
 
 
 def checks_table(report: ConversionReport) -> Table:

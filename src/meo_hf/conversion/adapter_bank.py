@@ -57,9 +57,7 @@ class AdapterBank:
         if self.level != "task":
             return {**block, "top_k": min(2, count) if top_k is None else top_k}
         if top_k not in (None, 1):
-            raise UsageError(
-                f"--top-k {top_k} contradicts --adapter at level task, where a task is its adapter: leave it out"
-            )
+            raise UsageError(f"--top-k {top_k} has no effect at level task, where a task is its adapter: leave it out")
         own = {"top_k": 1, "router": "top_k", "balance_loss": 0.0, "tasks": [one.task for one in self.adapters]}
         return {**block, **own}
 
@@ -107,9 +105,7 @@ def bank_of(
     inside = {path: tuple(each) for path, each in parts.items() if path in feed_forwards}
     outside = {path: tuple(each) for path, each in parts.items() if path not in feed_forwards}
     if not inside and level != "task":
-        raise UsageError(
-            f"no adapter touches a feed-forward, so at level {level} nothing would have a gate: take level task"
-        )
+        raise UsageError(f"no adapter touches a feed-forward, so at level {level} nothing has a gate: take level task")
     if outside and rule == "refuse":
         raise UsageError(
             f"adapters also change {len(outside)} linear maps outside of the feed-forwards, such as {min(outside)}: "

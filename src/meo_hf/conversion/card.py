@@ -69,7 +69,7 @@ def write_card(report: ConversionReport, source: Source, license_: str | None, f
 
 def _metadata(report: ConversionReport, source: Source, license_: str | None) -> ModelCardData:
     own = source_card(source)
-    names = [report.source["id"], *(expert["id"] for expert in report.experts)]
+    names = [report.source["id"], *(one["id"] for one in (*report.experts, *report.adapters))]
     bases = [name for name in dict.fromkeys(names) if name.count("/") == 1 and public_name(name) == name]
     return ModelCardData(
         license=license_,
@@ -78,8 +78,12 @@ def _metadata(report: ConversionReport, source: Source, license_: str | None) ->
         pipeline_tag=getattr(own, "pipeline_tag", None) or _pipeline_tag(report.model_class),
         base_model=bases or None,
         tags=["meo", "merging-experts", "custom_code"],
-        base_model_relation=("merge" if report.experts or report.is_moe else "finetune") if bases else None,
+        base_model_relation=_relation(report) if bases else None,
     )
+
+
+def _relation(report: ConversionReport) -> str:
+    return "merge" if report.experts or report.adapters or report.is_moe else "finetune"
 
 
 def _pipeline_tag(model_class: str) -> str | None:
@@ -93,18 +97,20 @@ def _text(report: ConversionReport, license_: str | None) -> str:
         f" at `{report.source['commit']}`" if report.source["commit"] else ""
     )
     born = "the source's own" if report.is_moe else f"born by `{report.options['expert_init']}`"
-    experts = "; ".join(public_name(expert["id"]) for expert in report.experts) or born
+    adapters = ", ".join(public_name(adapter["id"]) for adapter in report.adapters)
+    given = "; ".join(public_name(expert["id"]) for expert in report.experts)
+    experts = (f"LoRA adapters {adapters}" if adapters else "") or given or born
     auto = auto_class_of(report.family, report.model_class.removeprefix("Meo"))
     rows = {
         "Source": source,
         "Level": f"`{meo['level']}` ({_level_text(report)})",
         "Experts": f"{meo['num_experts']}, of which {meo['top_k']} are merged; {experts}",
+        "Experts are kept as": _format_text(report),
         "Gates": _gates_text(report),
         "Tasks": ", ".join(meo["tasks"]) if meo["level"] == "task" else "none",
         "Converted layers": ", ".join(map(str, report.layers)),
         "Parameters": f"{report.parameters_after:,} (source: {report.parameters_before:,})",
-        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.4f} x the source's, linear maps, "
-        f"{report.tokens_per_merge} tokens per merged expert, a merge charged as top_k * weights",
+        "FLOPs per token": f"{report.flops_meo:,} = {ratio:.4f} x the source's, linear maps, {_charged(report)}",
         "Licence": license_ or "none stated by the source",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -156,7 +162,29 @@ Made with meo_hf {report.versions["meo_hf"]}; `meo_report.json` has the {_record
 """
 
 
+def _charged(report: ConversionReport) -> str:
+    if report.meo.get("expert_format") == "lowrank":
+        return "low-rank parts of top_k experts for each token"
+    return f"{report.tokens_per_merge} tokens per merged expert, a merge charged as top_k * weights"
+
+
+def _format_text(report: ConversionReport) -> str:
+    ranks = report.meo.get("expert_ranks")
+    if not ranks:
+        return "whole weights"
+    listed = ", ".join(f"`{name}`: {rank}" for name, rank in ranks.items()) if len(ranks) <= 12 else "see config.json"
+    worst = max((one["error"] for one in report.factorised), default=None)
+    lost = "" if worst is None else f"; relative error of the experts at most {worst:.3g} per linear map"
+    return f"one shared weight and low-rank parts (ranks: {listed}){lost}"
+
+
 def _gates_text(report: ConversionReport) -> str:
+    if report.routed:
+        pieces = sum(report.routed["pieces"].values())
+        return (
+            f"made of example texts: {report.routed['right']:.1%} of {pieces} left-out pieces reach their own adapter "
+            f"(mean of all routers; the worst {report.routed['worst_router']:.1%})"
+        )
     if not report.is_moe:
         return f"one per {'linear map' if report.meo['gate_scope'] == 'projection' else 'feed-forward'}"
     read = "the segment before" if report.meo["level"] == "segment" else "what it may know"
@@ -178,6 +206,8 @@ def _weights_text(report: ConversionReport) -> str:
         "reference": "The weights are not in this repository: loading fetches them from the source at its commit.",
         "rewrite": "Each expert's hidden neurons were permuted to match the first expert's; the rest is the source's.",
     }
+    if report.factorised:
+        weights["rewrite"] = "Each expert is kept as the experts' mean and a low-rank part; the rest is the source's."
     return f"""
 The source is a mixture of experts, which chooses experts for each token and adds their outputs. This variant chooses
 them for a whole group of tokens and adds their *weights*: a different function, with other quality.
@@ -188,6 +218,8 @@ them for a whole group of tokens and adds their *weights*: a different function,
 def _birth(report: ConversionReport) -> str:
     if report.is_moe:
         return "moe"
+    if report.adapters:
+        return "routed" if report.routed else "adapters" if report.meo["level"] != "task" else "own adapters"
     return "given" if report.experts else report.options["expert_init"]
 
 
@@ -208,5 +240,8 @@ _BIRTH_TEXT = {
     "noise": "Experts are noisy copies of the dense feed-forward; fine-tune before use.",
     "drop-upcycle": "Half of each expert's neurons were drawn anew (arXiv 2502.19261); fine-tune before use.",
     "moe": "Compare it with its source before use (`meo-hf compare`); fine-tuning may be needed.",
+    "own adapters": "A row computes what the base with its own task's adapter does.",
+    "adapters": "Experts are adapters of one base and routers are untrained: train them before use (`meo-hf recover`).",
+    "routed": "Experts are adapters of one base; how well routers choose between them was only seen on the examples.",
     "given": "Experts come from different checkpoints and routers are untrained; fine-tune before use.",
 }
