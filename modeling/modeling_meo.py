@@ -38,7 +38,7 @@ from .quantised_meo import tell_unquantised
 from .reference_meo import break_links, load_options, own_options, source_of
 from .restoring_meo import RestoringMixin
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
-from .task_linear_meo import give_tasks_parts
+from .task_linear_meo import check_task_linears, give_tasks_parts
 
 
 class MeoModelMixin(LossMixin, RestoringMixin):
@@ -107,7 +107,9 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         weights = (getattr(known, "meo", None) or {}).get("weights")
         if weights is None:
             loaded = load(name, *model_args, config=config, **kwargs)
-            tell_unquantised(loaded[0] if isinstance(loaded, tuple) else loaded)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            tell_unquantised(model)
+            check_task_linears(model, model._meo_context.settings)
             return loaded
         source, pinned = source_of(weights)
         own = own_options(kwargs)

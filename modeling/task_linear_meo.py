@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .arguments_meo import fixed_task
 from .configuration_meo import MeoSettings
-from .errors_meo import RoutingError
+from .errors_meo import MeoConfigError, RoutingError
 from .feedforward_meo import MeoFeedForward
 from .groups_meo import TaskGroups
 from .low_rank_meo import Factors, low_rank_linear, part_of
@@ -52,11 +52,33 @@ def task_linears(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, TaskLinear)}
 
 
+def check_task_linears(model: PreTrainedModel, settings: MeoSettings) -> None:
+    """Raise MeoConfigError if linear maps with parts for tasks were replaced, as some quantisers do while loading."""
+    if settings.expert_format != "lowrank" or settings.level != "task":
+        return
+    inside = _inside_experts(model)
+    lost = [
+        path
+        for path, module in model.named_modules()
+        if hasattr(module, "in_features") and not isinstance(module, TaskLinear)
+        if not path.startswith(inside) and settings.rank_of(path)
+    ]
+    if lost:
+        raise MeoConfigError(
+            f"{len(lost)} linear maps that add a part for each task, such as {lost[0]}, were replaced while loading: "
+            "quantise other modules only (`modules_to_not_convert`), or weights in place, as torchao does"
+        )
+
+
+def _inside_experts(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MeoFeedForward))
+
+
 def give_tasks_parts(model: PreTrainedModel, settings: MeoSettings, context: RoutingContext) -> None:
     """Let linear maps outside of feed-forwards that the settings give a rank add a part for each task."""
     if settings.expert_format != "lowrank" or settings.level != "task":
         return
-    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MeoFeedForward))
+    inside = _inside_experts(model)
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)) or path.startswith(inside) or not settings.rank_of(path):
             continue

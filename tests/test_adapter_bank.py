@@ -29,6 +29,7 @@ from meo_hf.conversion.centroids import fit
 from meo_hf.errors import (
     CheckFailedError,
     CheckpointError,
+    MeoConfigError,
     MeoError,
     RoutingError,
     SourceError,
@@ -317,6 +318,21 @@ def test_what_belongs_to_no_row_says_so(tmp_path: Path) -> None:
         model(**batch("deberta-v2"), task_ids=torch.tensor([0, 1, 2, 0]))
     report = convert(tmp_path / "base", tmp_path / "inside", adapters=[adapters["law"]])
     assert report.passed
+
+
+def test_a_replaced_linear_map_is_noticed(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _, adapters = llama
+    convert(base, tmp_path / "out", adapters=adapters, verify="none")
+    kind = type(load(tmp_path / "out", "llama"))
+    post_init = kind.post_init
+
+    def quantising(self: PreTrainedModel) -> None:
+        post_init(self)
+        self.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 32, bias=False)
+
+    monkeypatch.setattr(kind, "post_init", quantising)
+    with pytest.raises(MeoConfigError, match="q_proj, were replaced while loading"):
+        load(tmp_path / "out", "llama")
 
 
 def test_two_adapters_of_one_name_need_names(llama: Llama, tmp_path: Path) -> None:
