@@ -21,10 +21,12 @@ from meo_hf.modeling.moe_meo import merged_moe
 from meo_hf.modeling.parallel_meo import check_ranks
 from meo_hf.modeling.router_meo import MeoRouter
 from moe_contracts import MoeCase
+from peft import get_peft_model
 from tiny import draw_experts, labels_for, merged_of, tiny_dense
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from meo_hf import MeoLoraConfig
 from meo_hf.errors import MeoConfigError
 
 EVERY = [Case(family, row.default_level, scope) for family, row in FAMILIES.items() for scope in SCOPES]
@@ -257,3 +259,18 @@ def test_copies_keep_their_own_parts() -> None:
     copied = without_parts(copy.deepcopy(model))
     assert_differs(logits_of(copied, inputs), before)
     assert_close(logits_of(model, inputs), before, 0)
+
+
+@pytest.mark.parametrize("scope", ["per_expert", "shared"])
+@torch.no_grad()
+def test_an_adapter_adapts_what_low_rank_experts_share(scope: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = Case("llama", "task")
+    model, inputs = low_rank(case), case.inputs()
+    before = logits_of(model, inputs)
+    adapted = get_peft_model(model, MeoLoraConfig(r=2, scope=scope, init_lora_weights=False))
+    found = logits_of(adapted, inputs)
+    assert_differs(found, before)
+    with adapted.disable_adapter():
+        assert_close(logits_of(adapted, inputs), before, 0)
+    assert_close(logits_of(adapted.merge_and_unload(), inputs), found, 1e-6)
+    assert "the weight that all low-rank experts share in 2 blocks" in caplog.text

@@ -139,7 +139,10 @@ def summary(model: nn.Module, config: MeoLoraConfig, adapter_name: str) -> str:
         one = next(iter(wrappers.values()))
         blocks = len({id(wrapper.get_base_layer()) for wrapper in wrappers.values()})
         each = "a pair for each" if config.scope == "per_expert" else "one pair for the merge"
-        parts.append(f"{each} of {one.num_experts} experts in {blocks} blocks ({pairs:,})")
+        of = f"{each} of {one.num_experts} experts"
+        if one.get_base_layer().bank() is not None:
+            of = "one pair for the weight that all low-rank experts share"
+        parts.append(f"{of} in {blocks} blocks ({pairs:,})")
     parts += [f"routers ({gates:,})"] * (gates > 0)
     total, others = sum(learned.values()), sum(learned.values()) - pairs - gates
     parts += [f"other modules ({others:,})"] * (others > 0)
