@@ -95,7 +95,7 @@ def main() -> None:
         parser.error("whole experts cannot hold what adapters change in attention: leave `experts` out with --arms")
     batch = batch_of(args)
     models, arms, failed = make(args, batch)
-    differences = check(args, batch, models["base"], arms)
+    differences, largest = check(args, batch, models["base"], arms)
     times = in_turns({name: lambda arm=arm: arm(False) for name, arm in arms.items()}, args.rounds)
     rows = [row_of(name, times, models, differences) for name in arms] + failed
     for row in rows:
@@ -104,7 +104,8 @@ def main() -> None:
     if args.json:
         said = [word for word in sys.argv[1:] if word != str(args.out)]
         command = shlex.join(["python", "benchmarks/adapters/serve.py", "OUT", *said])
-        found = {"command": command, "machine": str(machine), "adapters": settings, "rows": rows}
+        found = {"command": command, "machine": str(machine), "adapters": settings, "largest_logit": largest}
+        found["rows"] = rows
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -242,8 +243,8 @@ def without_cache(model: Any, batch: Batch, keep: bool) -> Served:
     return Served(seconds[0], statistics.median(seconds[1:]), logits)
 
 
-def check(args: argparse.Namespace, batch: Batch, base: Any, arms: dict[str, Arm]) -> dict[str, float]:
-    """Return the largest differences of logits from those of the base with each row's LoRA alone.
+def check(args: argparse.Namespace, batch: Batch, base: Any, arms: dict[str, Arm]) -> tuple[dict[str, float], float]:
+    """Return the largest differences from the logits of the base with each row's LoRA alone, and the largest of those.
 
     Raises CheckFailedError if an arm that should say the same does not, or if the base does.
     """
@@ -252,7 +253,8 @@ def check(args: argparse.Namespace, batch: Batch, base: Any, arms: dict[str, Arm
         alone = with_adapters(base, args.out, [name])
         expected.append(read(alone, Batch([name], ids[None], batch.prompt, batch.device), True).logits)
     wanted = torch.cat(expected)
-    print(f"logits are up to {float(wanted.abs().max()):.1f}", flush=True)
+    largest = round(float(wanted.abs().max()), 1)
+    print(f"logits are up to {largest}", flush=True)
     found = {}
     for name, arm in arms.items():
         found[name] = float((arm(True).logits - wanted).abs().max())
@@ -262,7 +264,7 @@ def check(args: argparse.Namespace, batch: Batch, base: Any, arms: dict[str, Arm
     for name in SAME:
         if args.dtype == "float32" and found.get(name, 0.0) > TOLERANCE:
             raise CheckFailedError(f"{name} differs from the base with each row's LoRA alone by {found[name]:.1e}")
-    return found
+    return found, largest
 
 
 def row_of(
