@@ -21,13 +21,16 @@ AGAINST_FULL = (
     *((arm, DENSE) for arm in (DENSE_ATTENTION, DENSE_FEED_FORWARD)),
 )
 CONTROLS = ((EMBEDDINGS[0], MEO), (EMBEDDINGS[1], DENSE))
+MEO_AGAINST_DENSE = (
+    (PER_EXPERT, DENSE_FEED_FORWARD),
+    (SHARED, DENSE_FEED_FORWARD),
+    (ATTENTION, DENSE_ATTENTION),
+)
 AMONG_ADAPTERS = (
     (PER_EXPERT, SHARED),
     (PER_EXPERT, ATTENTION),
     (WITH_ROUTERS, PER_EXPERT),
-    (PER_EXPERT, DENSE_FEED_FORWARD),
-    (SHARED, DENSE_FEED_FORWARD),
-    (ATTENTION, DENSE_ATTENTION),
+    *MEO_AGAINST_DENSE,
     (EMBEDDINGS[0], PER_EXPERT),
     (EMBEDDINGS[1], DENSE_ATTENTION),
 )
@@ -72,7 +75,7 @@ def summary(folder: Path) -> str | None:
     for study, _, _, compared in _studies(folder):
         told = _told(compared)
         if told:
-            lines.append(f"- {title(study)}. Adapters against training all weights, {'; '.join(told)}.")
+            lines.append(f"- {title(study)}, {'; '.join(told)}.")
     return "\n".join(lines) or None
 
 
@@ -103,11 +106,12 @@ def _table(found: Sequence[ArmRuns]) -> str:
 
 
 def _told(compared: Sequence[Pair]) -> list[str]:
-    """Count what adapters show against all weights, for both kinds of models."""
+    """Count what adapters show, by what they are held against."""
     groups = {
-        "MEO": [pair for pair in AGAINST_FULL if pair[1] == MEO],
-        "dense": [pair for pair in AGAINST_FULL if pair[1] == DENSE],
-        "with word embeddings trained too": CONTROLS,
+        "adapters of MEO against all its weights": [pair for pair in AGAINST_FULL if pair[1] == MEO],
+        "adapters of dense against all its weights": [pair for pair in AGAINST_FULL if pair[1] == DENSE],
+        "either with word embeddings too, against all weights": CONTROLS,
+        "adapters of MEO against those of dense": MEO_AGAINST_DENSE,
     }
     told = []
     for name, pairs in groups.items():
@@ -118,7 +122,7 @@ def _told(compared: Sequence[Pair]) -> list[str]:
 
 def _reading(compared: Sequence[Pair]) -> str:
     """Say in words what the comparisons show, computed from them."""
-    lines = [f"- Against training all weights, {told}." for told in _told(compared)]
+    lines = [f"- {told[0].upper()}{told[1:]}." for told in _told(compared)]
     among = [pair for pair in compared if pair.second.adapter]
     lines += [f"- {pair.first.name} against {pair.second.name}: {pair.told}." for pair in among]
     return "\n".join([*lines, resolution(compared)]) + "\n"
