@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODELING = sorted((ROOT / "modeling").glob("*.py"))
 PACKAGE = sorted((ROOT / "src").rglob("*.py"))
 MAY_SEE = {
-    "conversion": {"conversion", "modeling", "errors", "version"},
+    "conversion": {"conversion", "modeling", "errors", "texts", "version"},
     "benchmark": {"benchmark", "conversion", "modeling", "errors", "texts", "version"},
     "training": {"training", "conversion", "modeling", "errors", "texts", "version"},
 }

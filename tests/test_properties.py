@@ -17,7 +17,7 @@ from meo_hf.modeling.modeling_meo import meo_model_class
 from tiny import draw_experts, main_class, tiny_config, tiny_inputs
 
 from meo_hf.benchmark.moe import whole_experts
-from meo_hf.conversion.plan import parse_layers
+from meo_hf.conversion.options import parse_layers
 from meo_hf.conversion.safetensors_files import ShardWriter, TensorSpec, raw_bytes, read_header
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 

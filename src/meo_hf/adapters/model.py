@@ -140,7 +140,8 @@ def summary(model: nn.Module, config: MeoLoraConfig, adapter_name: str) -> str:
         blocks = len({id(wrapper.get_base_layer()) for wrapper in wrappers.values()})
         each = "a pair for each" if config.scope == "per_expert" else "one pair for the merge"
         of = f"{each} of {one.num_experts} experts"
-        if one.get_base_layer().bank() is not None:
+        base: Any = one.get_base_layer()
+        if base.bank() is not None:
             of = "one pair for the weight that all low-rank experts share"
         parts.append(f"{of} in {blocks} blocks ({pairs:,})")
     parts += [f"routers ({gates:,})"] * (gates > 0)

@@ -18,9 +18,9 @@ from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.hub import check_login, check_push, push_folder
 from meo_hf.conversion.lora_source import LoraSource, named_adapters, open_adapter
 from meo_hf.conversion.moe_convert import MoeConversion
+from meo_hf.conversion.options import Options
 from meo_hf.conversion.output import check_output, check_space, keep_failed, written_beside
 from meo_hf.conversion.placement import Placement
-from meo_hf.conversion.plan import Options
 from meo_hf.conversion.progress import SILENT, Progress
 from meo_hf.conversion.report import Check, ConversionReport
 from meo_hf.conversion.safetensors_files import sha256_of

@@ -13,7 +13,8 @@ from meo_hf.conversion.centroids import fit, overwrite, pieces_of, read_examples
 from meo_hf.conversion.companions import load_tokenizer, write_companions
 from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.names import disk_names
-from meo_hf.conversion.plan import Options, build_plan
+from meo_hf.conversion.options import Options
+from meo_hf.conversion.plan import build_plan
 from meo_hf.conversion.progress import Progress
 from meo_hf.conversion.report import ConversionReport, losses_of, report_of
 from meo_hf.conversion.safetensors_files import sha256_of

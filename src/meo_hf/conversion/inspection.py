@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.moe_plan import build_moe_plan
-from meo_hf.conversion.plan import Options, build_plan
+from meo_hf.conversion.options import Options
+from meo_hf.conversion.plan import build_plan
 from meo_hf.conversion.safetensors_files import TensorRef
 from meo_hf.conversion.source import (
     Source,

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meo_hf.conversion.fetch import SourceOptions, locate_adapter
 from meo_hf.conversion.safetensors_files import TensorRef, read_header
-from meo_hf.conversion.source import public_name
+from meo_hf.conversion.source import lasting_name, public_name
 from meo_hf.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +84,7 @@ class LoraSource:
     @property
     def lasting_name(self) -> str:
         """The Hub id, or the whole of a local path."""
-        return self.name if self.commit else str(Path(self.name).expanduser().absolute())
+        return lasting_name(self.name, self.commit)
 
     @property
     def ranks(self) -> list[int]:

@@ -11,8 +11,8 @@ from meo_hf.conversion.companions import write_companions
 from meo_hf.conversion.linking import can_link, place_weights, weight_files
 from meo_hf.conversion.moe_plan import build_moe_plan
 from meo_hf.conversion.moe_verification import verify_moe
+from meo_hf.conversion.options import Options
 from meo_hf.conversion.placement import Placement
-from meo_hf.conversion.plan import Options
 from meo_hf.conversion.progress import Progress
 from meo_hf.conversion.report import ConversionReport, losses_of, source_entry, warnings_of
 from meo_hf.conversion.source import Source

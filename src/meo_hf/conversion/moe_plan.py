@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meo_hf.conversion.adapter_bank import ranks_by_ending
 from meo_hf.conversion.moe_bank import MoeBank, moe_bank
 from meo_hf.conversion.names import live_names
-from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, Options, check_decoder_options, matches, parse_layers
+from meo_hf.conversion.options import Options, check_decoder_options, parse_layers
+from meo_hf.conversion.plan import TOKENS_PER_SEQUENCE, matches
 from meo_hf.conversion.source import Source, meta_model
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, check_level, levels_of, meo_config_class

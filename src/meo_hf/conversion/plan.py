@@ -13,30 +13,24 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from meo_hf.conversion.adapter_bank import (
-    AdapterBank,
-    OwnExpert,
-    Padded,
-    Summed,
-    bank_of,
-    rank,
-    ranks_by_ending,
-)
+from meo_hf.conversion.adapter_bank import AdapterBank, OwnExpert, Padded, Summed
 from meo_hf.conversion.births import BIRTHS, ROUTER_STD, Copied, Drawn, Recipe, Stacked
 from meo_hf.conversion.centroids import Fitted
 from meo_hf.conversion.companions import load_tokenizer
-from meo_hf.conversion.expert_bank import ExpertBank, Truncation, expert_bank
+from meo_hf.conversion.dense_tensors import check_shape, parts_of, tensors_by_live_name
+from meo_hf.conversion.expert_bank import ExpertBank
 from meo_hf.conversion.factorise import Factor, Mean
 from meo_hf.conversion.lora_source import LoraSource
-from meo_hf.conversion.names import disk_names, live_names
+from meo_hf.conversion.low_rank_plan import low_rank_of
+from meo_hf.conversion.names import disk_names
+from meo_hf.conversion.options import Options, check_decoder_options, parse_layers
 from meo_hf.conversion.safetensors_files import CHUNK, CODES, DTYPES, TensorRef, TensorSpec
 from meo_hf.conversion.source import Source, meta_model
-from meo_hf.errors import CheckpointError, MeoConfigError, UnsupportedError, UsageError
+from meo_hf.errors import MeoConfigError, UnsupportedError, UsageError
 from meo_hf.modeling.blocks_meo import Block, find_blocks
 from meo_hf.modeling.configuration_meo import (
     SCHEMA_VERSION,
     check_level,
-    is_causal,
     levels_of,
     meo_config_class,
     settings_of,
@@ -47,35 +41,6 @@ from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.version import __version__
 
 TOKENS_PER_SEQUENCE = 128  # for FLOPs, where a whole sequence shares one merged expert
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for; see `meo_hf.convert` for each."""
-
-    num_experts: int | None = None
-    top_k: int | None = None
-    level: str | None = None
-    pooling: str | None = None
-    segment_length: int | None = None
-    routing: str | None = None
-    gate_scope: str = "ffn"
-    expert_init: str = "copy"
-    layers: str = "all"
-    tasks: tuple[str, ...] = ()
-    descriptions: tuple[str, ...] = ()
-    dtype: torch.dtype | None = None
-    seed: int = 0
-    outside: str | None = None
-    examples: tuple[tuple[str, str], ...] = ()
-    expert_rank: int | None = None
-    expert_energy: float | None = None
-    expert_center: str | None = None
-
-    @property
-    def truncation(self) -> Truncation:
-        """How much of full experts is kept; raises UsageError for what makes no sense."""
-        return Truncation(self.expert_rank, self.expert_energy, self.expert_center)
 
 
 @dataclass
@@ -140,26 +105,6 @@ class Plan:
         return 2 * max([*computed, 2 * CHUNK])
 
 
-def parse_layers(text: str, depth: int) -> list[int]:
-    """Read `all`, `even`, `odd`, `last:N` or `i,j,...` for a model of some depth; raises UsageError."""
-    everything = list(range(depth))
-    named = {"all": everything, "even": everything[0::2], "odd": everything[1::2]}
-    chosen: list[int] | None = named.get(text)
-    if chosen is None and text.startswith("last:") and text[5:].isdigit():
-        chosen = everything[-int(text[5:]) :] if int(text[5:]) else []
-        if int(text[5:]) > depth:
-            raise UsageError(f"--layers {text}: the model has only {depth} layers (0 to {depth - 1})")
-    elif chosen is None and all(part.strip().isdigit() for part in text.split(",")):
-        chosen = sorted({int(part) for part in text.split(",")})
-        if beyond := [i for i in chosen if i >= depth]:
-            raise UsageError(f"--layers {text}: no layer {beyond[0]}; the model has layers 0 to {depth - 1}")
-    if chosen is None:
-        raise UsageError(f"--layers {text!r} is not understood: give all, even, odd, last:N or indices like 0,2,5")
-    if not chosen:
-        raise UsageError(f"--layers {text} names no layer of a model with layers 0 to {depth - 1}")
-    return chosen
-
-
 def build_plan(
     source: Source, experts: Sequence[Source], options: Options, adapters: Sequence[LoraSource] = ()
 ) -> Plan:
@@ -173,76 +118,20 @@ def build_plan(
         raise UnsupportedError(f"{source.name}: found no feed-forward in {type(dense).__name__}")
     depth = max(block.index for block in blocks) + 1
     layers = parse_layers(options.layers, depth)
-    own: dict[str, Any] = {}
-    adapted = bank = None
-    if adapters:
-        _check_adapter_options(options, experts)
-        _check_examples(options, [adapter.task for adapter in adapters])
-        adapted = bank_of(adapters, blocks, dense, options.level or "task", options.outside)
-        ranks = {path: rank(parts) for path, parts in adapted.gated.items()}
-        own = {**adapted.settings(options.top_k), "level": options.level or "task"}
-        own["expert_ranks"] = ranks_by_ending(ranks, dense)
-    elif options.outside is not None or options.examples:
-        idle = "--example" if options.examples else "--outside"
-        raise UsageError(f"{idle} has no effect without --adapter: leave it out")
-    elif options.truncation:
-        if not experts:
-            raise UsageError("--expert-rank and --expert-energy need experts that differ: give --expert checkpoints")
-        found = [tensors_by_live_name(dense, one) for one in (source, *experts)]
-        chosen = [block for block in blocks if block.index in layers]
-        for one, refs in zip((source, *experts), found, strict=True):
-            _check_feed_forwards(one, chosen, refs)
-        bank = expert_bank(chosen, found[0], found[1:], options.truncation)
-        own = {"expert_format": "lowrank", "expert_ranks": ranks_by_ending(bank.ranks, dense)}
-    config = _meo_config(source, experts, options, layers if len(layers) < depth else None, own)
+    low_rank = low_rank_of(source, experts, adapters, options, blocks, layers)
+    config = _meo_config(source, experts, options, layers if len(layers) < depth else None, low_rank.settings)
     meo_class = meo_model_class(type(dense))
     settings = settings_of(config)
     converted = [block for block in blocks if converts(block, settings)]
     layers = sorted({block.index for block in converted})
-    plan = Plan(source, list(experts), options, config, meo_class, layers, adapters=adapted, bank=bank)
+    plan = Plan(
+        source, list(experts), options, config, meo_class, layers, adapters=low_rank.adapters, bank=low_rank.bank
+    )
     meo = meta_model(meo_class, config)
     _decide(plan, dense, converted, meo)
     plan.dense_flops, plan.merge_flops = _flops(dense, meo, config.meo["top_k"])
     plan.part_flops = _part_flops(meo, config.meo["top_k"])
     return plan
-
-
-def _check_adapter_options(options: Options, experts: Sequence[Source]) -> None:
-    """Raise UsageError for an option that contradicts adapters."""
-    given = {
-        "--expert": bool(experts),
-        "--num-experts": options.num_experts is not None,
-        "--expert-init": options.expert_init != "copy",
-        "--layers": options.layers != "all",
-        "--task": bool(options.tasks),
-        "--expert-rank": bool(options.truncation),
-    }
-    reasons = {
-        "--num-experts": "each adapter is an expert",
-        "--expert-init": "the adapters are the experts",
-        "--layers": "the adapters say what they change",
-        "--task": "a task is named after its adapter: give --adapter NAME=ADAPTER",
-    }
-    if wrong := [name for name, was in given.items() if was]:
-        reason = reasons.get(wrong[0], "experts come from checkpoints or from adapters")
-        raise UsageError(f"{wrong[0]} has no effect with --adapter ({reason}): leave one out")
-
-
-def _check_examples(options: Options, names: list[str]) -> None:
-    """Raise UsageError for example texts that name no adapter, or not all."""
-    given = [name for name, _ in options.examples]
-    if not given:
-        return
-    if (options.level or "task") == "task":
-        raise UsageError("--example has no effect at level task, where rows say their task: add --level sequence")
-    if lost := [name for name in (*names, *given) if name not in names or given.count(name) != 1]:
-        raise UsageError(f"--example is needed once for each of the adapters {', '.join(names)}: check {lost[0]!r}")
-
-
-def _check_feed_forwards(source: Source, blocks: Sequence[Block], refs: dict[str, TensorRef]) -> None:
-    for block in blocks:
-        for path in block.paths.values():
-            _parts(source, [f"{block.path}.{path}.weight"], [tuple(block.projection(path).weight.shape)], refs)
 
 
 def _meo_config(
@@ -304,14 +193,6 @@ def description_tokens(source: Source, tasks: Sequence[str], texts: Sequence[str
     return tokens
 
 
-def check_decoder_options(source: Source, options: Options, level: str) -> None:
-    """Raise UsageError for an option of decoders' gates where gates read no past."""
-    for name in ("segment_length", "routing"):
-        if getattr(options, name) is not None and (level == "task" or not is_causal(source.config)):
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} has no effect at level {level!r} of {source.config.model_type}: leave it out")
-
-
 def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTrainedModel) -> None:
     by_live = tensors_by_live_name(dense, plan.source)
     experts = [tensors_by_live_name(dense, expert) for expert in plan.experts]
@@ -342,7 +223,7 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
             recipes[name] = _new(plan, name, tuple(state[name].shape))
             plan.created.append(name)
         elif name in by_live:
-            _check_shape(plan.source, by_live[name], tuple(state[name].shape))
+            check_shape(plan.source, by_live[name], tuple(state[name].shape))
             transposed = isinstance(dense.get_submodule(name.rpartition(".")[0]), Conv1D)
             changed = Summed(by_live[name], merged[name], transposed) if name in merged else None
             recipes[name] = changed or Copied(by_live[name])
@@ -368,16 +249,6 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
         names.sort()
 
 
-def tensors_by_live_name(dense: PreTrainedModel, source: Source) -> dict[str, TensorRef]:
-    """Return a source's tensors by their names in the live model; raises CheckpointError if two share one."""
-    by_live: dict[str, TensorRef] = {}
-    for disk, live in live_names(dense, source.tensors).items():
-        if live in by_live:
-            raise CheckpointError(f"{source.name} holds {live} twice, as {disk} and {by_live[live].spec.name}")
-        by_live[live] = source.tensors[disk]
-    return by_live
-
-
 def _block_recipes(
     plan: Plan, block: Block, by_live: dict[str, TensorRef], experts: list[dict[str, TensorRef]]
 ) -> Iterator[tuple[str, Recipe, list[str]]]:
@@ -393,13 +264,13 @@ def _block_recipes(
                 continue
             names = [f"{block.path}.{path}.{leaf}" for path in paths]
             shapes = [tuple(getattr(block.projection(path), leaf).shape) for path in paths]
-            parts = [_parts(one, names, shapes, refs) for one, refs in zip(plan.experts, experts, strict=True)]
+            parts = [parts_of(one, names, shapes, refs) for one, refs in zip(plan.experts, experts, strict=True)]
             shared = leaf == "weight" and plan.settings.get("expert_format") == "lowrank"
             if shared and plan.bank is not None and plan.bank.center == "mean":
                 yield f"{block.slot}.experts.{target}", Mean(tuple(parts), transposed), names
                 continue
             if shared or not parts:
-                parts = [_parts(plan.source, names, shapes, by_live)] * (1 if shared else count)
+                parts = [parts_of(plan.source, names, shapes, by_live)] * (1 if shared else count)
             recipe = Stacked(
                 experts=tuple(parts),
                 layer=block.path,
@@ -413,23 +284,6 @@ def _block_recipes(
     for bank in (plan.adapters, plan.bank):
         for name, factor, _ in bank.recipes(block) if bank is not None else ():
             yield name, factor, []
-
-
-def _parts(
-    source: Source, names: list[str], shapes: list[tuple[int, ...]], refs: dict[str, TensorRef]
-) -> tuple[TensorRef, ...]:
-    for name, shape in zip(names, shapes, strict=True):
-        if name not in refs:
-            raise CheckpointError(f"{source.name} lacks {name}, which its experts would be made of")
-        _check_shape(source, refs[name], shape)
-    return tuple(refs[name] for name in names)
-
-
-def _check_shape(source: Source, ref: TensorRef, shape: tuple[int, ...]) -> None:
-    if ref.spec.shape != shape:
-        raise CheckpointError(
-            f"{source.name}: {ref.spec.name} has shape {list(ref.spec.shape)}, the config asks for {list(shape)}"
-        )
 
 
 def _new_names(meo: PreTrainedModel, path: str) -> Iterator[str]:

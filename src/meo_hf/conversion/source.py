@@ -48,7 +48,7 @@ class Source:
     @property
     def lasting_name(self) -> str:
         """The Hub id, or the whole of a local path: what a later `verify` opens from another folder."""
-        return self.name if self.commit else str(Path(self.name).expanduser().absolute())
+        return lasting_name(self.name, self.commit)
 
     @property
     def loadable(self) -> Path:
@@ -92,6 +92,11 @@ class Source:
         """Remove what was staged for reading."""
         if self.staging is not None:
             self.staging.cleanup()
+
+
+def lasting_name(name: str, commit: str | None) -> str:
+    """Return a Hub id as it is, and the whole of a local path."""
+    return name if commit else str(Path(name).expanduser().absolute())
 
 
 def public_name(name: str) -> str:
