@@ -31,17 +31,20 @@ class LowRank(NamedTuple):
 
 
 class Factors(nn.Module):
-    """Parts of experts that are kept as factors, `A` [E, R, I] and `B` [E, O, R]; a new one adds nothing."""
+    """Parts of experts that are kept as factors; a new one adds nothing.
+
+    `A` is [E, R, I], and `B` [E, R, O], transposed: a product with the factors of all experts reads both as they lie.
+    """
 
     def __init__(self, experts: int, rank: int, like: Tensor) -> None:
         super().__init__()
         outputs, inputs = like.shape[-2:]
         self.A = nn.Parameter(torch.empty(experts, rank, inputs, dtype=like.dtype, device=like.device))
-        self.B = nn.Parameter(torch.empty(experts, outputs, rank, dtype=like.dtype, device=like.device))
+        self.B = nn.Parameter(torch.empty(experts, rank, outputs, dtype=like.dtype, device=like.device))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Return A and B: a call, so that hooks which bring them here see it."""
-        return self.A, self.B
+        """Return A [E, R, I] and B [E, O, R]: a call, so that hooks which bring them here see it."""
+        return self.A, self.B.transpose(1, 2)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -157,7 +160,7 @@ def _by_selected(h: Tensor, down: Tensor, up: Tensor, index: Tensor, weights: Te
     rank = down.shape[1]
     narrow = torch.bmm(h, down[index].flatten(1, 2).transpose(1, 2))  # [N, W, K * R]
     narrow = narrow * weights.repeat_interleave(rank, 1)[:, None].to(h.dtype)
-    return torch.bmm(narrow, up[index].transpose(2, 3).flatten(1, 2))
+    return torch.bmm(narrow, up.transpose(1, 2)[index].flatten(1, 2))
 
 
 def _by_all(h: Tensor, down: Tensor, up: Tensor, dense: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def whole(low: PreTrainedModel) -> PreTrainedModel:
         for at, key in enumerate(parts):
             if f"{path}.low_rank.{key}.A" not in own:
                 continue
-            delta = own[f"{path}.low_rank.{key}.B"] @ own[f"{path}.low_rank.{key}.A"]
+            delta = own[f"{path}.low_rank.{key}.B"].transpose(1, 2) @ own[f"{path}.low_rank.{key}.A"]
             rows = (
                 slice(None)
                 if delta.shape[1] == made.shape[1]
@@ -112,8 +112,8 @@ def test_gradients_are_those_of_whole_experts(case: Case) -> None:
         grad = module.experts.down_proj.grad
         factors = mine.low_rank["down"]
         assert_close(mine.down_proj.grad, grad.sum(0, keepdim=True), 1e-9)
-        assert_close(factors.A.grad, factors.B.transpose(1, 2) @ grad, 1e-9)
-        assert_close(factors.B.grad, grad @ factors.A.transpose(1, 2), 1e-9)
+        assert_close(factors.A.grad, factors.B @ grad, 1e-9)
+        assert_close(factors.B.grad, factors.A @ grad.transpose(1, 2), 1e-9)
         assert factors.B.grad.abs().sum((1, 2)).gt(0).any()
 
 
@@ -176,7 +176,7 @@ def mixtures(case: MoeCase) -> tuple[PreTrainedModel, PreTrainedModel]:
         mine = low.get_submodule(path)
         for name in module.maps:
             factors = mine.low_rank[name.removesuffix("_proj")]
-            product = factors.B @ factors.A
+            product = factors.B.transpose(1, 2) @ factors.A
             stack = module.stack(name)[0][: len(product)]
             stack.copy_(mine.stack(name)[0] + product)
     return full, low

@@ -157,7 +157,7 @@ def _refs(parts: Parts, letter: str) -> list[TensorRef | None]:
 
 @dataclass(frozen=True)
 class Padded:
-    """One factor of all adapters, filled up with zeros to one rank: A [E, R, I], or B [E, O, R] times its scale."""
+    """One factor of all adapters, filled up with zeros to one rank: A [E, R, I], or B [E, R, O] times its scale."""
 
     parts: Parts
     letter: str
@@ -168,7 +168,8 @@ class Padded:
             whole = torch.zeros(target.shape[1:])
             if part is not None and ref is not None:
                 factor = ref.load().float()
-                whole[: factor.shape[0], : factor.shape[1]] = factor if self.letter == "A" else factor * part.scale
+                factor = factor if self.letter == "A" else factor.t() * part.scale
+                whole[: len(factor)] = factor
             yield raw_bytes(whole.to(DTYPES[target.dtype]))
 
 

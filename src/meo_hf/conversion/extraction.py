@@ -62,7 +62,7 @@ class Merged:
         merged = merged[slice(*self.rows)] if self.rows else merged
         if self.factors is not None:
             down, up = (ref.load() for ref in self.factors)
-            merged = merged + merged_part(LowRank(down, up, 1.0), gates)[0][0]
+            merged = merged + merged_part(LowRank(down, up.transpose(1, 2), 1.0), gates)[0][0]
         merged = merged.t() if self.transposed and merged.dim() == 2 else merged
         yield raw_bytes(merged.to(DTYPES[target.dtype]))
 
@@ -79,7 +79,7 @@ class WithPart:
     def chunks(self, target: TensorSpec) -> Iterator[memoryview]:
         """Yield the target's bytes."""
         down, up = (ref.load()[self.task].float() for ref in self.factors)
-        delta = up @ down
+        delta = up.t() @ down
         weight = self.source.load().float() + (delta.t() if self.transposed else delta)
         yield raw_bytes(weight.to(DTYPES[target.dtype]))
 

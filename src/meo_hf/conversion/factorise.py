@@ -60,7 +60,7 @@ class Factorised:
         return max(1, int((kept < energy * total).sum()) + 1) if total > 0 else 1
 
     def factor(self, letter: str) -> Tensor:
-        """Return A [E, R, I] or B [E, O, R]; each is computed with the other, and given away once."""
+        """Return A [E, R, I] or B [E, R, O]; each is computed with the other, and given away once."""
         with self._lock:
             if letter not in self._factors:
                 self._factors = self._solve()
@@ -70,7 +70,7 @@ class Factorised:
         """Return the relative Frobenius error of all experts with other factors, and W_0 as kept in a type."""
         experts = self.load().float()
         center = experts.mean(0) if self.center is None else self.center().float()
-        product = factors["B"].float() @ factors["A"].float()
+        product = factors["B"].float().transpose(1, 2) @ factors["A"].float()
         lost = experts - center.to(shared).float() - product
         norm = float(experts.double().square().sum())
         return (float(lost.double().square().sum()) / norm) ** 0.5 if norm else 0.0
@@ -100,7 +100,7 @@ class Factorised:
             up.append(each @ top if wide else top)
         lost = max(total - kept, 0.0)
         self.loss = Loss(self.rank, kept / total if total else 1.0, (lost / norm) ** 0.5 if norm else 0.0)
-        return {"A": torch.stack(down), "B": torch.stack(up)}
+        return {"A": torch.stack(down), "B": torch.stack(up).transpose(1, 2)}
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _gram(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """A target that is one factor, `A` [E, R, I] or `B` [E, O, R]."""
+    """A target that is one factor, `A` [E, R, I] or `B` [E, R, O]."""
 
     experts: Factorised
     letter: str

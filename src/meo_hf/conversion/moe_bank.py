@@ -90,7 +90,7 @@ class MoeBank:
             shape = (whole[0] // stack.module.count(), *whole[1:])
             made[stack.live] = (TensorSpec(stack.live, dtype, shape), SharedWeight(stack))
             count, outputs, inputs = one.shape
-            for letter, last in (("A", (one.rank, inputs)), ("B", (outputs, one.rank))):
+            for letter, last in (("A", (one.rank, inputs)), ("B", (one.rank, outputs))):
                 name = f"{stack.path}.low_rank.{bank_key(stack.map)}.{letter}"
                 made[name] = (TensorSpec(name, dtype, (count, *last)), Factor(one, letter))
         return made

@@ -61,7 +61,7 @@ def multiply_out(module, name, parameter, stock, live):
     if own is None:
         return
     factors = module.low_rank[name.removesuffix("_proj")]
-    whole = module.stack(name)[0].data + factors.B.data @ factors.A.data
+    whole = module.stack(name)[0].data + factors.B.data.transpose(1, 2) @ factors.A.data
     probe = copy.copy(module)
     probe._parameters = {**module._parameters, parameter: own}
     probe.stack(name)[0].data[: len(whole)].copy_(whole)

@@ -35,7 +35,7 @@ def read(path, name, index=None):
 def product(request, factors, expert):
     """The product B A of an expert's factors, from the output's files."""
     down, up = (read(request["files"][factors[letter]], factors[letter], expert) for letter in "AB")
-    return up @ down
+    return up.t() @ down
 
 
 def inputs_for(config, kind):
