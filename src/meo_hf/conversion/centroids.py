@@ -22,7 +22,7 @@ from meo_hf.errors import UsageError
 from meo_hf.modeling.router_meo import Gates, MeoRouter
 from meo_hf.texts import read_text
 
-PIECES, LONGEST, SHORTEST = 32, 128, 4
+PIECES, LONGEST, SHORTEST = 16, 128, 4
 _SCALES = [2.0**-power for power in range(16)]
 
 
