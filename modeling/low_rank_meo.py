@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from .router_meo import Gates
 
-FEW_TOKENS = 8
+FEW_TOKENS = 6
 """To gather a gate's factors costs about as much as this many tokens' products with them."""
 
 
@@ -129,12 +129,13 @@ def low_rank_linear(x: Tensor, part: LowRank, gates: Gates, owner: Tensor | None
     down, up = part.down.to(x.dtype), part.up.to(x.dtype)
     h = x if part.dropout is None else part.dropout(x)
     experts = down.shape[0]
+    scaled = weights if isinstance(part.scale, float) and part.scale == 1 else weights * part.scale
     if experts == 1:  # the gates sum to one
         y = F.linear(F.linear(h, down[0]), up[0]) * part.scale
     elif x.shape[1] * experts <= (x.shape[1] + FEW_TOKENS) * index.shape[1] and index.shape[0] > 1:
-        y = _by_all(h, down, up, _dense(index, weights * part.scale, experts))
+        y = _by_all(h, down, up, _dense(index, scaled, experts))
     else:
-        y = _by_selected(h, down, up, index, weights * part.scale)
+        y = _by_selected(h, down, up, index, scaled)
     if part.bias is None:
         return y
     bias = part.bias if experts == 1 else (weights[..., None] * part.bias[index]).sum(1)  # [N, O]
@@ -158,9 +159,9 @@ def merged_part(part: LowRank, gates: Gates) -> tuple[Tensor, Tensor | None]:
 def _by_selected(h: Tensor, down: Tensor, up: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Multiply by the factors of the experts that each group selected."""
     rank = down.shape[1]
-    narrow = torch.bmm(h, down[index].flatten(1, 2).transpose(1, 2))  # [N, W, K * R]
-    narrow = narrow * weights.repeat_interleave(rank, 1)[:, None].to(h.dtype)
-    return torch.bmm(narrow, up.transpose(1, 2)[index].flatten(1, 2))
+    narrow = torch.bmm(h, down[index].flatten(1, 2).transpose(1, 2)).unflatten(2, (-1, rank))  # [N, W, K, R]
+    narrow = narrow * weights[:, None, :, None].to(h.dtype)
+    return torch.bmm(narrow.flatten(2), up.transpose(1, 2)[index].flatten(1, 2))
 
 
 def _by_all(h: Tensor, down: Tensor, up: Tensor, dense: Tensor) -> Tensor:
