@@ -149,8 +149,8 @@ class MeoSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return the block as plain JSON values; some only where they say something."""
         rare = ("pooling", "weights", "task_descriptions", "expert_ranks")
-        full = {"expert_format": "full"}
-        return {k: v for k, v in asdict(self).items() if (v is not None or k not in rare) and full.get(k) != v}
+        kept = {k: v for k, v in asdict(self).items() if v is not None or k not in rare}
+        return kept if self.expert_format != "full" else {k: v for k, v in kept.items() if k != "expert_format"}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -260,6 +260,10 @@ class MeoConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the config; a `meo` keyword overrides single keys of the stored block."""
         if overrides := kwargs.pop("meo", None):
+            stored = config_dict.get("meo") or {}
+            fixed = ("expert_format", "expert_ranks", *(["layers"] if stored.get("expert_ranks") else []))
+            if wrong := [key for key in fixed if key in overrides and stored and overrides[key] != stored.get(key)]:
+                raise MeoConfigError(f"{wrong[0]} says how the weights are stored: it cannot be overridden on loading")
             config_dict = {**config_dict, "meo": {**(config_dict.get("meo") or {}), **overrides}}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 

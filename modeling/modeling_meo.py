@@ -38,7 +38,7 @@ from .quantised_meo import tell_unquantised
 from .reference_meo import break_links, load_options, own_options, source_of
 from .restoring_meo import RestoringMixin
 from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_hooks, open_call
-from .task_linear_meo import check_task_linears, give_tasks_parts
+from .task_linear_meo import TaskLinear, check_task_linears, give_tasks_parts
 
 
 class MeoModelMixin(LossMixin, RestoringMixin):
@@ -164,6 +164,13 @@ class MeoModelMixin(LossMixin, RestoringMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         self._meo_context.belongs_to(self)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize as Transformers does; raises MeoConfigError where the output embeddings have parts for tasks."""
+        if new_num_tokens is not None and isinstance(self.get_output_embeddings(), TaskLinear):  # type: ignore[attr-defined]
+            raise MeoConfigError("the output embeddings have a part for each task, whose rows would be missing: resize "
+                                 "the base and its adapters instead")  # fmt: skip
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
     def set_task(self, task: str | None) -> None:
         """Fix one task for all rows of later batches without `task_ids`; None goes back to the config's.

@@ -52,6 +52,9 @@ def _replaced(family: Family | MoeFamily) -> set[str]:
     return {path.rpartition(".")[2] for paths in (*family.up, (family.down,)) for path in paths}
 
 
+ADDITIVE = ("LORA", "LOHA", "LOKR", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+
+
 def tell_untouched(model: nn.Module, configs: dict[str, Any]) -> None:
     """Warn about targets of an adapter that are not there, and about experts that it does not touch."""
     paths = dict(model.named_modules())
@@ -67,6 +70,13 @@ def tell_untouched(model: nn.Module, configs: dict[str, Any]) -> None:
             logger.warning(
                 f"Adapter {adapter!r} has a task_type, and PEFT's model for it keeps `task_ids` to itself: leave "
                 "task_type out (None), or this model sees no task but the one of `set_task`."
+            )
+        kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+        adds = kind in ADDITIVE and not getattr(config, "use_dora", False)
+        if not adds and any(hasattr(module, "low_rank") and hasattr(module, "weight") for module in paths.values()):
+            logger.warning(
+                f"Adapter {adapter!r} does more than add to weights. Where a linear map has a part for each task, that "
+                "part is changed too while the adapter is unmerged, and is not once it is merged: leave it unmerged."
             )
         if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
             continue

@@ -16,7 +16,7 @@ from example_data import CLASSES, PLACES, write_models
 from loras import attention_maps, feed_forward_maps, row_by_row, save_lora, save_loras
 from meo_hf.modeling.families_meo import FAMILIES
 from meo_hf.modeling.task_linear_meo import task_linears
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import main_class, merged_of, tiny_dense, tiny_inputs
 from torch import Tensor
@@ -335,6 +335,111 @@ def test_a_replaced_linear_map_is_noticed(llama: Llama, tmp_path: Path, monkeypa
         load(tmp_path / "out", "llama")
 
 
+def test_heads_that_are_tied_have_parts_too_but_no_dense_checkpoint(tmp_path: Path) -> None:
+    dense = tiny_dense("llama", tie_word_embeddings=True)
+    dense.save_pretrained(tmp_path / "base")
+    adapters = [save_lora(dense, tmp_path / name, ["lm_head", "up_proj"], seed, r=2) for seed, name in enumerate("ab")]
+    kept = load_file(adapters[0] / "adapter_model.safetensors")
+    copied = "base_model.model.lm_head.base_layer.weight"
+    assert copied in kept  # as PEFT saves heads
+    assert convert(tmp_path / "base", tmp_path / "out", adapters=adapters).passed
+    model, inputs = load(tmp_path / "out", "llama"), {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+    with torch.no_grad():
+        found = model(**inputs, task_ids=torch.tensor([1, 0])).logits
+        assert_close(found, row_by_row(load(tmp_path / "base", "llama"), adapters[::-1], inputs), 1e-6)
+    with pytest.raises(UnsupportedError, match="lm_head adds a part for each task"):
+        extract(tmp_path / "out", tmp_path / "dense", task="a")
+    with pytest.raises(MeoConfigError, match="resize the base"):
+        model.resize_token_embeddings(200)
+    kept[copied] += 1
+    save_file(kept, adapters[0] / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="not this base's"):
+        convert(tmp_path / "base", tmp_path / "other", adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (torch.float32, {"dtype": "bfloat16"}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"level": "sequence", "outside": "merge"}),
+    ],
+)
+def test_rounded_factors_pass_the_full_check(
+    made: torch.dtype, options: dict[str, Any], llama: Llama, tmp_path: Path
+) -> None:
+    base, dense, _ = llama
+    adapter = save_lora(dense, tmp_path / "law", ["up_proj", "q_proj"], r=4, lora_alpha=6, use_rslora=True)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor.to(made) for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    assert convert(base, tmp_path / "out", adapters=[adapter], **options).passed
+    kept = {t.dtype for name, t in tensors(tmp_path / "out").items() if ".low_rank." in name}
+    assert kept == {torch.bfloat16 if "dtype" in options else torch.float32}  # 6 / sqrt(4) is no power of two
+
+
+def test_what_is_not_finite_is_refused(llama: Llama, tmp_path: Path) -> None:
+    base, dense, _ = llama
+    adapter = save_lora(dense, tmp_path / "law", ["up_proj"], r=2)
+    edit_json(adapter / "adapter_config.json", lora_alpha=float("inf"))
+    with pytest.raises(CheckpointError, match="alpha inf"):
+        convert(base, tmp_path / "out", adapters=[adapter])
+    edit_json(adapter / "adapter_config.json", lora_alpha=10**7)
+    with pytest.raises(CheckpointError, match=r"would not be finite as torch\.float16"):
+        convert(base, tmp_path / "out", adapters=[adapter], dtype="float16")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_no_check_passes_what_is_not_finite(error: float) -> None:
+    for name in ("verification_child.py", "moe_verification_child.py"):
+        source = (Path(adapter_bank.__file__).parent / name).read_text()
+        scope: dict[str, Any] = {}
+        exec(
+            source[source.index("def relative_rms") : source.index("def ", source.index("def relative_rms") + 1)], scope
+        )
+        assert scope["relative_rms"](torch.tensor([error]), torch.ones(1)) == float("inf")
+        assert scope["relative_rms"](torch.tensor([1.5]), torch.ones(1)) == 0.5
+
+
+@pytest.mark.parametrize("values", [{"rank_pattern": {"(": 2}}, {"rank_pattern": ["up_proj"]}, {"alpha_pattern": 3}])
+def test_damaged_patterns_are_refused(values: dict[str, Any], llama: Llama, tmp_path: Path) -> None:
+    adapter = save_lora(llama[1], tmp_path / "law", ["up_proj"], r=2)
+    edit_json(adapter / "adapter_config.json", **values, base_model_name_or_path=5)
+    with pytest.raises(CheckpointError, match="damaged rank_pattern or alpha_pattern"):
+        convert(llama[0], tmp_path / "out", adapters=[adapter])
+
+
+def test_an_example_in_the_output_is_not_overwritten(llama: Llama, tmp_path: Path) -> None:
+    base, _, adapters = llama
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    files = texts(tmp_path / "out")
+    options = {"adapters": adapters, "level": "sequence", "outside": "merge", "examples": files, "overwrite": True}
+    with pytest.raises(UsageError, match="lie in each other"):
+        convert(base, tmp_path / "out", **options)
+    assert all(path.is_file() for path in files.values())
+
+
+def test_what_the_weights_are_stored_as_is_not_overridden(llama: Llama, tmp_path: Path) -> None:
+    convert(llama[0], tmp_path / "out", adapters=llama[2], verify="none")
+    kind = type(load(tmp_path / "out", "llama"))
+    for key, value in {"expert_ranks": {"up_proj": 3}, "layers": [0], "expert_format": "full"}.items():
+        with pytest.raises(MeoConfigError, match=f"{key} says how the weights are stored"):
+            kind.from_pretrained(tmp_path / "out", meo={key: value})
+
+
+def test_an_adapter_that_scales_parts_for_tasks_says_so(
+    llama: Llama, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(llama[0], tmp_path / "out", adapters=llama[2], verify="none")
+    for config, told in ((IA3Config(target_modules=["k_proj"], feedforward_modules=[]), True),
+                         (LoraConfig(target_modules=["k_proj"], use_dora=True), True),
+                         (LoraConfig(target_modules=["k_proj"]), False)):  # fmt: skip
+        caplog.clear()
+        get_peft_model(load(tmp_path / "out", "llama"), config)
+        assert ("leave it unmerged" in caplog.text) == told
+
+
 def test_two_adapters_of_one_name_need_names(llama: Llama, tmp_path: Path) -> None:
     base, dense, adapters = llama
     other = save_lora(dense, tmp_path / "law", feed_forward_maps(dense), r=2)
@@ -372,17 +477,18 @@ def test_examples_make_routers_that_know_their_texts(llama: Llama, tmp_path: Pat
     model = load(tmp_path / "out", "llama")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for number, name in enumerate(adapters):
-        words = files[name].read_text().split("\n")[1]
-        ids = tokenizer(words, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        chosen = []
+        ids = tokenizer(files[name].read_text(), return_tensors="pt", add_special_tokens=False)["input_ids"][:, 64:192]
+        chosen: dict[str, list[int]] = {}  # by layer, what the gate of the answer selects, the last that is asked
         hooks = [
-            ff.router.register_forward_hook(lambda _m, _a, out, to=chosen: to.append(out[0].top_k_index[-1].tolist()))
-            for ff in merged_of(model).values()
+            ff.router.register_forward_hook(
+                lambda _m, _a, out, at=path, to=chosen: to.update({at: out[0].top_k_index[-1].tolist()})
+            )
+            for path, ff in merged_of(model).items()
         ]
         model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
         for hook in hooks:
             hook.remove()
-        assert chosen[-2:] == [[number]] * 2
+        assert list(chosen.values()) == [[number]] * 2
 
 
 def test_examples_that_are_too_short_leave_nothing_behind(llama: Llama, tmp_path: Path) -> None:
@@ -404,8 +510,8 @@ def test_a_router_of_examples_tells_the_nearest_apart() -> None:
         logits = each[20:] @ fitted.weight.t() + fitted.bias
         assert (logits.argmax(1) == expert).float().mean() > 0.9
     alike = fit([torch.randn(200, 16, generator=generator) for _ in range(4)])
-    assert alike.right < 0.5  # left-out pieces say that there is nothing to tell apart
-    assert torch.softmax(torch.randn(50, 16, generator=generator) @ alike.weight.t() + alike.bias, 1).max() < 0.9
+    drawn = torch.randn(50, 16, generator=generator)
+    assert torch.softmax(drawn @ alike.weight.t() + alike.bias, 1).max() < 0.9  # there is nothing to tell apart
 
 
 def test_a_dry_run_writes_nothing_and_tells_sizes(llama: Llama, tmp_path: Path) -> None:

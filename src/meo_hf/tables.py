@@ -75,7 +75,7 @@ def report_table(report: ConversionReport) -> Table:
         rows[f"lost of {one['map']}"] = f"relative error {one['error']:.4f}, {one['kept']:.1%} of what differs is kept"
     if report.routed:
         rows["examples"] = (
-            f"{report.routed['right']:.1%} of left-out pieces reach their adapter (mean of routers; the worst "
+            f"{report.routed['right']:.1%} of held-out pieces reach their adapter (mean of routers; the worst "
             f"{report.routed['worst_router']:.1%})"
         )
     for check in report.checks:

@@ -7,6 +7,7 @@ weight) or `refuse`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from meo_hf.conversion.births import Recipe
 from meo_hf.conversion.lora_source import LoraPart, LoraSource
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
-from meo_hf.errors import UnsupportedError, UsageError
+from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 from meo_hf.modeling.blocks_meo import Block
 from meo_hf.modeling.merger_meo import bank_key
 
@@ -80,9 +81,11 @@ class AdapterBank:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest type of the adapters' factors."""
+        """The widest type of the adapters' factors; one that holds them times their scales without rounding."""
         parts = [part for each in self.gated.values() for part in each if part is not None]
-        return max((DTYPES[part.up.spec.dtype] for part in parts), key=lambda dtype: dtype.itemsize)
+        widest = max((DTYPES[part.up.spec.dtype] for part in parts), key=lambda dtype: dtype.itemsize)
+        exact = len({part.up.spec.dtype for part in parts}) == 1 and all(math.frexp(p.scale)[0] == 0.5 for p in parts)
+        return widest if exact else torch.promote_types(widest, torch.float32)
 
 
 def bank_of(
@@ -170,7 +173,11 @@ class Padded:
                 factor = ref.load().float()
                 factor = factor if self.letter == "A" else factor.t() * part.scale
                 whole[: len(factor)] = factor
-            yield raw_bytes(whole.to(DTYPES[target.dtype]))
+            kept = whole.to(DTYPES[target.dtype])
+            if not kept.isfinite().all():
+                where = "" if ref is None else f" ({ref.path})"
+                raise CheckpointError(f"{target.name} would not be finite as {kept.dtype}{where}")
+            yield raw_bytes(kept)
 
 
 @dataclass(frozen=True)

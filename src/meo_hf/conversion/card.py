@@ -180,10 +180,9 @@ def _format_text(report: ConversionReport) -> str:
 
 def _gates_text(report: ConversionReport) -> str:
     if report.routed:
-        pieces = sum(report.routed["pieces"].values())
         return (
-            f"made of example texts: {report.routed['right']:.1%} of {pieces} left-out pieces reach their own adapter "
-            f"(mean of all routers; the worst {report.routed['worst_router']:.1%})"
+            f"made of example texts: {report.routed['right']:.1%} of {report.routed['held_out']} held-out pieces reach "
+            f"their own adapter (mean of all routers; the worst {report.routed['worst_router']:.1%})"
         )
     if not report.is_moe:
         return f"one per {'linear map' if report.meo['gate_scope'] == 'projection' else 'feed-forward'}"

@@ -1,8 +1,9 @@
 """Routers from example texts: an expert's gate is the larger, the nearer what it reads is to what its texts give.
 
-Each piece of a text runs through the converted model with its own expert alone, and every router notes what it reads
-there. With the experts' means c_i and one variance s per feature, over all pieces, the logits are those of normal
-distributions, t * (x - c_i / 2) . (c_i / s), where t makes left-out pieces most likely.
+Pieces of each text run through the converted model, first with their own expert alone, then as routers made of that
+choose; every router notes what it reads. With the experts' means c_i and one variance s per feature, over all pieces,
+the logits are those of normal distributions, t * (x - c_i / 2) . (c_i / s), where t makes left-out pieces most likely.
+Every fourth piece is held out, to say how many the finished model sends to their own expert.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,11 +38,18 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Centroids:
-    """What a router is made of: `weight` [E, D], `bias` [E], and the share of left-out pieces that it sends right."""
+    """What a router is made of: `weight` [E, D] and `bias` [E]."""
 
     weight: Tensor
     bias: Tensor
-    right: float
+
+
+@dataclass
+class Seen:
+    """What a router read of an expert's pieces, [n, D], and which expert it chose first."""
+
+    reads: list[Tensor]
+    choices: list[int]
 
 
 def pieces_of(path: Path, tokenizer: Any, name: str) -> list[list[int]]:
@@ -67,8 +75,7 @@ def fit(reads: Sequence[Tensor]) -> Centroids:
     scale = _SCALES[losses.index(min(losses))]
     weight = scale * centers / variance
     bias = -scale * (centers.square() / variance).sum(1) / 2
-    right = float((left_out.argmax(1) == owner).double().mean())
-    return Centroids(weight.float(), bias.float(), right)
+    return Centroids(weight.float(), bias.float())
 
 
 def _left_out(reads: Sequence[Tensor], centers: Tensor, variance: Tensor, expert: int) -> Tensor:
@@ -82,33 +89,74 @@ def _left_out(reads: Sequence[Tensor], centers: Tensor, variance: Tensor, expert
 
 
 @torch.no_grad()
-def read_examples(
+def fit_routers(
     model: PreTrainedModel, pieces: Sequence[Sequence[list[int]]], advance: Callable[[], None] = lambda: None
-) -> dict[str, list[Tensor]]:
-    """Return what each router reads of every expert's pieces, [n_i, D] each, with only that expert in use."""
+) -> tuple[dict[str, Centroids], dict[str, float]]:
+    """Make all routers of a model of pieces per expert; returns them, and the share of held-out pieces sent right.
+
+    The model's routers are overwritten. Raises ValueError for an expert with fewer than 4 pieces.
+    """
+    if any(len(each) < SHORTEST for each in pieces):
+        raise ValueError(f"{SHORTEST} pieces per expert are needed, {min(map(len, pieces))} were given")
+    held = [each[3::4] for each in pieces]
+    known = [[piece for number, piece in enumerate(each) if number % 4 != 3] for each in pieces]
     routers = {name: module for name, module in model.named_modules() if isinstance(module, MeoRouter)}
-    found: dict[str, list[Tensor]] = {name: [] for name in routers}
+    read = {name: _reads(seen) for name, seen in _watch(model, routers, known, True, advance).items()}
+    made = _fitted(routers, read)
+    live = _watch(model, routers, known, False, advance)  # what routers of later layers meet where earlier ones err
+    made = _fitted(routers, {n: [torch.cat(p) for p in zip(read[n], _reads(live[n]), strict=True)] for n in routers})
+    found = _watch(model, routers, held, False, advance)
+    right = {
+        name: sum(choice == expert for expert, seen in enumerate(each) for choice in seen.choices) / sum(map(len, held))
+        for name, each in found.items()
+    }
+    return made, right
+
+
+def _fitted(routers: Mapping[str, MeoRouter], reads: Mapping[str, list[Tensor]]) -> dict[str, Centroids]:
+    made = {name: fit(each) for name, each in reads.items()}
+    for name, router in routers.items():
+        router.weight.data.copy_(made[name].weight)
+        cast(Tensor, router.bias).data.copy_(made[name].bias)
+    return made
+
+
+def _reads(seen: list[Seen]) -> list[Tensor]:
+    return [torch.cat(each.reads) for each in seen]
+
+
+def _watch(
+    model: PreTrainedModel,
+    routers: Mapping[str, MeoRouter],
+    pieces: Sequence[Sequence[list[int]]],
+    own: bool,
+    advance: Callable[[], None],
+) -> dict[str, list[Seen]]:
+    """Return what each router saw of every expert's pieces, where they use their `own` expert alone, or as it chose."""
+    found: dict[str, list[Seen]] = {name: [] for name in routers}
     for expert, texts in enumerate(pieces):
-        reads: dict[str, list[Tensor]] = {name: [] for name in routers}
+        for seen in found.values():
+            seen.append(Seen([], []))
         for tokens in texts:
-            with only(routers, expert) as seen:
+            with watched(routers, expert if own else None) as seen_once:
                 model(**_inputs(model, tokens))
-            for name, read in seen.items():
-                reads[name].append(read)
+            for name, (read, choice) in seen_once.items():
+                found[name][-1].reads.append(read)
+                found[name][-1].choices.append(choice)
             advance()
-        for name, each in reads.items():
-            found[name].append(torch.cat(each))
     return found
 
 
 @contextmanager
-def only(routers: Mapping[str, MeoRouter], expert: int) -> Iterator[dict[str, Tensor]]:
-    """Let routers choose one expert, and note what the last group's gate read [1, D], by router."""
-    seen: dict[str, Tensor] = {}
+def watched(routers: Mapping[str, MeoRouter], expert: int | None) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """Note what the last group's gate read [1, D] and chose first, by router; let all choose one expert if told."""
+    seen: dict[str, tuple[Tensor, int]] = {}
 
-    def choose(name: str, router: MeoRouter, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        seen[name] = inputs[0][-1:].float().cpu()
+    def note(name: str, router: MeoRouter, inputs: tuple[Tensor, ...], output: Any) -> Any:
         gates, balance = output
+        seen[name] = inputs[0][-1:].float().cpu(), int(gates.top_k_index[-1, 0])
+        if expert is None:
+            return None
         others = [e for e in range(router.weight.shape[0]) if e != expert]
         row = torch.tensor([expert, *others[: router.top_k - 1]], device=gates.top_k_index.device)
         weights = torch.zeros_like(gates.top_k_weights)
@@ -116,7 +164,7 @@ def only(routers: Mapping[str, MeoRouter], expert: int) -> Iterator[dict[str, Te
         return Gates(row.expand_as(gates.top_k_index), weights), balance
 
     hooks = [
-        router.register_forward_hook(lambda module, args, output, name=name: choose(name, module, args, output))
+        router.register_forward_hook(lambda module, args, output, name=name: note(name, module, args, output))
         for name, router in routers.items()
     ]
     try:

@@ -136,7 +136,7 @@ def convert(
     placement = Placement(reference, align, copy)
     read = SourceOptions(source_revision, token, trust_remote_code, allow_pickle)
     if not dry_run:
-        check_output(output, overwrite, [*names, *named.values()])
+        check_output(output, overwrite, [*names, *named.values(), *(path for _, path in options.examples)])
         if push_to_hub is not None:
             check_login(push_to_hub, private, token)
     with ExitStack() as stack:
@@ -187,8 +187,7 @@ def _open_adapters(named: dict[str, str], read: SourceOptions, base: Source) -> 
         return []
     if isinstance(base.family, MoeFamily):
         raise UsageError(f"--adapter needs a dense base; {base.name} is a mixture of experts: leave it out")
-    model = base.meta_model()
-    return [open_adapter(task, name, read, model) for task, name in named.items()]
+    return [open_adapter(task, name, read, base) for task, name in named.items()]
 
 
 def _open_all(names: list[str], read: SourceOptions, stack: ExitStack, weights: bool = True) -> list[Source]:

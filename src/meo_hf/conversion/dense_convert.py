@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from meo_hf.conversion.centroids import fit, overwrite, pieces_of, read_examples
+from meo_hf.conversion.centroids import fit_routers, overwrite, pieces_of
 from meo_hf.conversion.companions import load_tokenizer, write_companions
 from meo_hf.conversion.lora_source import LoraSource
 from meo_hf.conversion.names import disk_names
@@ -66,25 +66,25 @@ class DenseConversion:
         paths = dict(plan.options.examples)
         names = [] if plan.adapters is None else [adapter.task for adapter in plan.adapters.adapters]
         pieces = [pieces_of(Path(paths[name]).expanduser(), tokenizer, name) for name in names]
-        progress.stage("reading examples", sum(map(len, pieces)))
+        count = sum(map(len, pieces))
+        progress.stage("reading examples", 2 * count - sum(len(each) // 4 for each in pieces))
         with quiet_transformers():
             model = plan.model_class.from_pretrained(folder, dtype=torch.float32).eval()
-        reads = read_examples(model, pieces, lambda: progress.advance(1))
+        made, right = fit_routers(model, pieces, lambda: progress.advance(1))
         written, disks = index_tensors(folder), disk_names(model, model.state_dict())
-        changed, right = set(), []
-        for name, each in reads.items():
-            fitted = fit(each)
-            right.append(fitted.right)
+        changed = set()
+        for name, router in made.items():
             for leaf in ("weight", "bias"):
                 ref = written[disks[f"{name}.{leaf}"]]
-                overwrite(ref, getattr(fitted, leaf))
+                overwrite(ref, getattr(router, leaf))
                 changed.add(ref.path)
         for path in changed:
             report.files[path.name]["sha256"] = sha256_of(path)
         report.routed = {
             "pieces": dict(zip(names, map(len, pieces), strict=True)),
-            "right": round(sum(right) / len(right), 4),
-            "worst_router": round(min(right), 4),
+            "held_out": sum(len(each) // 4 for each in pieces),
+            "right": round(sum(right.values()) / len(right), 4),
+            "worst_router": round(min(right.values()), 4),
         }
 
     def check(self, folder: Path, report: ConversionReport, verify: str, progress: Progress) -> None:

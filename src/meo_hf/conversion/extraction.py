@@ -210,6 +210,12 @@ def _targets(
         factors = _factors(live, f"{path}.low_rank")
         transposed = factors is not None and hasattr(dense.get_submodule(path), "nf")
         recipes[name] = (ref, Copied(ref) if factors is None else WithPart(ref, factors, task, transposed))
+    parts = [name.removesuffix(".low_rank.A") for name in live if name.endswith(".low_rank.A")]
+    if lost := [path for path in parts if f"{path}.weight" not in recipes]:
+        raise UnsupportedError(
+            f"{lost[0]} adds a part for each task to a weight that is the embeddings' too: a dense checkpoint of this "
+            "family ties both, so that part has no place in it"
+        )
     state = dense.state_dict()
     to_disk = disk_names(dense, [name for name in recipes if name in state])
     targets = {}

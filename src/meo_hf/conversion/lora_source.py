@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from meo_hf.conversion.dense_tensors import tensors_by_live_name
 from meo_hf.conversion.fetch import SourceOptions, locate_adapter
 from meo_hf.conversion.safetensors_files import TensorRef, read_header
-from meo_hf.conversion.source import lasting_name, public_name
+from meo_hf.conversion.source import Source, lasting_name, public_name
 from meo_hf.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -111,8 +114,8 @@ def named_adapters(adapters: Sequence[str | os.PathLike[str]] | Mapping[str, str
     return named
 
 
-def open_adapter(task: str, name: str, options: SourceOptions, model: PreTrainedModel) -> LoraSource:
-    """Open an adapter of a base model (on the meta device).
+def open_adapter(task: str, name: str, options: SourceOptions, base: Source) -> LoraSource:
+    """Open an adapter of a dense base.
 
     Raises SourceError if it cannot be found, CheckpointError if it is damaged or fits no such model, UnsupportedError
     for what is no plain LoRA.
@@ -123,9 +126,14 @@ def open_adapter(task: str, name: str, options: SourceOptions, model: PreTrained
     if not (folder / WEIGHTS).is_file():
         pickled = " (pickles are not read: save it again with PEFT)" if (folder / "adapter_model.bin").is_file() else ""
         raise SourceError(f"adapter {name} has no {WEIGHTS}{pickled}")
-    parts = _parts(read_header(folder / WEIGHTS), config, name)
-    opened = LoraSource(name, task, folder, commit, config.get("base_model_name_or_path"), parts)
-    return _placed(opened, model)
+    model, tensors = base.meta_model(), read_header(folder / WEIGHTS)
+    copies = {key: ref for key, ref in tensors.items() if key.endswith(".base_layer.weight") and key.startswith(ROOT)}
+    parts = _parts({key: ref for key, ref in tensors.items() if key not in copies}, config, name)
+    trained_on = config.get("base_model_name_or_path")
+    named = trained_on if isinstance(trained_on, str) else None
+    opened = _placed(LoraSource(name, task, folder, commit, named, parts), model)
+    _check_copies(opened, copies, base, model)
+    return opened
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
@@ -163,6 +171,19 @@ def _check_plain(config: dict[str, Any], name: str) -> None:
         )
 
 
+def _check_copies(adapter: LoraSource, copies: dict[str, TensorRef], base: Source, model: PreTrainedModel) -> None:
+    """Raise CheckpointError for a weight of the base that PEFT saved beside the factors, and that is another here."""
+    own = tensors_by_live_name(model, base) if copies else {}
+    for key, ref in copies.items():
+        path = _moved(key.removeprefix(ROOT).removesuffix(".base_layer.weight"), adapter.prefix)
+        stored = own.get(f"{path}.weight") or own.get(model.all_tied_weights_keys.get(f"{path}.weight", ""))
+        if stored is None or not torch.equal(stored.load().float(), ref.load().float()):
+            raise CheckpointError(
+                f"adapter {adapter.name} brings a weight of its base, {key}, that is not this base's: was it trained "
+                f"on {adapter.base or 'another base'}? (PEFT leaves it out with save_embedding_layers=False)"
+            )
+
+
 def _parts(tensors: dict[str, TensorRef], config: dict[str, Any], name: str) -> dict[str, LoraPart]:
     paths: dict[str, dict[str, TensorRef]] = {}
     for key, ref in tensors.items():
@@ -181,10 +202,14 @@ def _parts(tensors: dict[str, TensorRef], config: dict[str, Any], name: str) -> 
 
 def _scale(path: str, pair: dict[str, TensorRef], config: dict[str, Any], name: str) -> float:
     """Return alpha / r, or alpha / sqrt(r) in rsLoRA (arXiv 2312.03732), as PEFT finds both by patterns."""
-    rank = _by_pattern(path, config.get("rank_pattern"), config.get("r"))
-    alpha = _by_pattern(path, config.get("alpha_pattern"), config.get("lora_alpha"))
+    try:
+        rank = _by_pattern(path, config.get("rank_pattern"), config.get("r"))
+        alpha = _by_pattern(path, config.get("alpha_pattern"), config.get("lora_alpha"))
+    except (re.error, AttributeError, TypeError) as error:
+        raise CheckpointError(f"adapter {name} has a damaged rank_pattern or alpha_pattern ({error})") from None
     shapes = pair["lora_A"].spec.shape, pair["lora_B"].spec.shape
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or shapes[0][0] != rank or shapes[1][1] != rank:
+    number = isinstance(alpha, (int, float)) and math.isfinite(alpha)
+    if not isinstance(rank, int) or not number or shapes[0][0] != rank or shapes[1][1] != rank:
         raise CheckpointError(
             f"adapter {name}: {path} has factors {list(shapes[0])} and {list(shapes[1])}, its config asks for rank "
             f"{rank!r} and alpha {alpha!r}"
@@ -201,12 +226,8 @@ def _placed(adapter: LoraSource, model: PreTrainedModel) -> LoraSource:
     """Return the adapter with the paths of a model; it may have been trained with another head."""
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
-    for lead, change in (
-        ("", lambda path: path),
-        (prefix, lambda path: prefix + path),
-        (f"-{prefix}", lambda path: path.removeprefix(prefix)),
-    ):
-        parts = {change(path): part for path, part in adapter.parts.items()}
+    for lead in ("", prefix, f"-{prefix}"):
+        parts = {_moved(path, lead): part for path, part in adapter.parts.items()}
         if all(path in modules for path in parts):
             for path, part in parts.items():
                 _check_shapes(adapter, path, part, modules[path])
@@ -216,6 +237,11 @@ def _placed(adapter: LoraSource, model: PreTrainedModel) -> LoraSource:
         f"adapter {adapter.name} adapts {lost}, which {type(model).__name__} does not have: was it trained on "
         f"{adapter.base or 'another base'}?"
     )
+
+
+def _moved(path: str, prefix: str) -> str:
+    """Return a path with a prefix more, or, of one that begins with `-`, less."""
+    return path.removeprefix(prefix[1:]) if prefix.startswith("-") else prefix + path
 
 
 def _check_shapes(adapter: LoraSource, path: str, part: LoraPart, module: nn.Module) -> None:

@@ -18,9 +18,10 @@ TOLERANCE = 1e-4
 
 
 def relative_rms(a, b):
-    """Root mean square of a - b, relative to b's."""
+    """Root mean square of a - b, relative to b's; infinite where either is not finite."""
     a, b = a.double(), b.double()
-    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
+    error = float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
+    return error if error == error else float("inf")
 
 
 def text_holder(config, path):

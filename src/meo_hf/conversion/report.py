@@ -36,7 +36,7 @@ class ConversionReport:
     groups of `tokens_per_merge` tokens with merging charged as top_k * |W| per group. `weights` says how they came to
     the output: `rewrite`, or for a mixture of experts also `link`, `copy` or `reference`; `alignment` holds, per layer,
     the experts' distance before and after, `factorised`, per linear map, what a low rank left out of them, `routed`,
-    where routers are made of examples, the share of left-out pieces that they send to their own expert.
+    where routers are made of examples, the share of held-out pieces that the model sends to their own expert.
     """
 
     source: dict[str, Any]

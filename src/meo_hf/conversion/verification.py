@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def products_check(maps: Iterable[Factorised], targets: Targets, written: dict[s
         refs = files[one.path]
         dtype = DTYPES[refs["A"].spec.dtype]
         error, best = one.error({letter: ref.load() for letter, ref in refs.items()}, dtype), one.best().error
-        worst, excess = max(worst, best), max(excess, error - best - 4 * torch.finfo(dtype).eps)
+        error = error if math.isfinite(error) else math.inf
+        worst, excess = max(worst, error), max(excess, error - best - 4 * torch.finfo(dtype).eps)
     if excess > 1e-5:
         return Check(name, False, f"a linear map's experts are {excess:.1e} farther off than the best of that rank")
     return Check(name, True, f"relative error of experts at most {worst:.3g}, {len(files)} linear maps")

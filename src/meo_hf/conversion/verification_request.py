@@ -47,6 +47,7 @@ def request_of(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: st
         "copies": not plan.experts and not plan.adapters and plan.options.expert_init == "copy",
         "experts": _expert_sources(plan, blocks, written, to_disk),
         "adapters": [] if plan.adapters is None else [_adapter_request(one) for one in plan.adapters.adapters],
+        "factor_type": _factor_type(plan),
         "changed": {} if plan.adapters is None else _changed(plan.adapters, written, to_disk),
         "files": {name: str(ref.path) for name, ref in written.items()},
         "live_names": [live for live, disk in to_disk.items() if disk in written],
@@ -56,6 +57,12 @@ def request_of(plan: Plan, folder: Path, written: dict[str, TensorRef], mode: st
 
 def _adapter_request(adapter: LoraSource) -> dict[str, Any]:
     return {"folder": str(adapter.folder), "prefix": adapter.prefix, "task": adapter.task}
+
+
+def _factor_type(plan: Plan) -> str | None:
+    """Return the type that adapters' factors were rounded to, None where they were not."""
+    asked = plan.options.dtype
+    return None if plan.adapters is None or asked is None else str(asked).removeprefix("torch.")
 
 
 def _changed(bank: AdapterBank, written: dict[str, TensorRef], to_disk: dict[str, str]) -> dict[str, dict[str, str]]:
