@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "quality"))
 import classification
 import multitask
 import report
-from arms import ADAPTERS, MAIN, Arm
+from arms import ADAPTERS, EMBEDDINGS, MAIN, Arm
 from data import BERT_TINY, TextSet
 from gates import recorded
 from ledger import Ledger
@@ -208,8 +208,8 @@ def test_adapters_train_what_they_say_and_are_compared_with_all_weights(cache: P
     ledger = Ledger(tmp_path / "classification.jsonl")
     study = classification.Study("bert-tiny", tiny_set("rotten_tomatoes", 2), 1, (1e-3,), None, cache, ledger)
     whole = {arm.kind: study.run(arm, 1e-3, 0) for arm in (Arm("dense"), Arm("sequence", 2, "copy"))}
-    results = {(arm.kind, arm.adapter): study.run(arm, 1e-3, 0) for arm in ADAPTERS}
-    assert len(list(ledger)) == 2 + len(ADAPTERS), "an adapter is an arm of its own"
+    results = {(arm.kind, arm.adapter): study.run(arm, 1e-3, 0) for arm in ADAPTERS + EMBEDDINGS}
+    assert len(list(ledger)) == 2 + len(results), "an adapter is an arm of its own"
     trained = {arm: result["trained"] for arm, result in results.items()}
     head_and_attention = trained["dense", "attention"]
     assert trained["sequence", "attention"] == head_and_attention
@@ -230,7 +230,7 @@ def test_adapters_train_what_they_say_and_are_compared_with_all_weights(cache: P
     page = report.page(tmp_path)
     assert f"| MEO sequence k=2, LoRA shared | {100 * results['sequence', 'shared']['test']:.1f} ± 0.0 | " in page
     assert f" | {trained['sequence', 'shared']:,} | " in page
-    assert "8 of 8 arms with adapters, 40 runs of 48 planned" in page
+    assert "8 of 8 arms with adapters, 40 runs of 46 planned" in page
     assert "| dense, LoRA feed-forward - dense | 2 |" in page
     assert "2 of 11 arms" in page, "adapters are not counted among arms that train all weights"
 

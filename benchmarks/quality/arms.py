@@ -83,10 +83,13 @@ ADAPTERS = (
     replace(DENSE, adapter="attention"),
     replace(DENSE, adapter="feed-forward"),
     Arm("sequence", 2, "copy", adapter="per expert and routers"),
+)
+"""What is trained in the place of all weights, for the arms of the same kind in MAIN."""
+EMBEDDINGS = (
     Arm("sequence", 2, "copy", adapter="per expert and embeddings"),
     replace(DENSE, adapter="attention and embeddings"),
 )
-"""What is trained in the place of all weights, for the arms of the same kind in MAIN."""
+"""The same with word embeddings: a control."""
 
 
 def dense_start(checkpoint: str | Path, labels: int, seed: int, folder: Path) -> Path:

@@ -2,8 +2,8 @@
 
     python benchmarks/quality/classification.py --sets rotten_tomatoes bbc
 
-Each arm is trained with three learning rates on seed 0, four where it trains adapters; the rate with the best dev
-accuracy is kept for the other seeds. Test accuracy is reported, and never chosen by.
+Each arm is trained with three learning rates on seed 0 (plan `adapters`: four); the rate with the best dev accuracy is
+kept for the other seeds. Test accuracy is reported, and never chosen by.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from arms import (
     ADAPTERS,
     DENSE,
+    EMBEDDINGS,
     MAIN,
     NUM_EXPERTS,
     SMALL,
@@ -40,7 +41,14 @@ from transformers.utils import logging
 RATES = {"bert-tiny": (1e-4, 3e-4, 1e-3), "minilm": (2e-5, 5e-5, 1e-4)}
 ADAPTER_RATES = {"bert-tiny": (3e-4, 1e-3, 3e-3, 1e-2), "minilm": (5e-5, 2e-4, 5e-4, 1e-3)}
 LEDGER = Path(__file__).with_name("classification.jsonl")
-PLANS = {"main": MAIN, "symmetry": SYMMETRY, "all": MAIN + SYMMETRY, "small": SMALL, "adapters": ADAPTERS}
+PLANS = {
+    "main": MAIN,
+    "symmetry": SYMMETRY,
+    "all": MAIN + SYMMETRY,
+    "small": SMALL,
+    "adapters": ADAPTERS,
+    "embeddings": EMBEDDINGS,
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,13 @@ def run_all(study: Study, arms: Sequence[Arm], seeds: int) -> Iterator[tuple[Arm
             yield arm, best, seed, study.run(arm, best, seed)
 
 
+def rates_of(plan: str, model: str) -> tuple[float, ...]:
+    """Return the rates that a plan's arms are swept over."""
+    if plan == "adapters":
+        return ADAPTER_RATES[model]
+    return ADAPTER_RATES[model][:3] if plan == "embeddings" else RATES[model]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=list(SOURCES), default=["rotten_tomatoes", "bbc"])
@@ -154,7 +169,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arms = PLANS[options.arms]
-    rates = tuple(options.rates or (ADAPTER_RATES if options.arms == "adapters" else RATES)[options.model])
+    rates = tuple(options.rates or rates_of(options.arms, options.model))
     total, done = len(options.sets) * len(arms) * (len(rates) + options.seeds - 1), 0
     for name in options.sets:
         text_set = load(name, options.cache).limited(options.rows)
