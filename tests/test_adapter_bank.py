@@ -491,6 +491,32 @@ def test_examples_make_routers_that_know_their_texts(llama: Llama, tmp_path: Pat
         assert list(chosen.values()) == [[number]] * 2
 
 
+def test_routers_of_adapters_are_learned_by_recovery(llama: Llama, tmp_path: Path) -> None:
+    base, _, adapters = llama
+    convert(base, tmp_path / "out", adapters=adapters, level="sequence", outside="merge", verify="none")
+    text = tmp_path / "all.txt"
+    text.write_text("\n".join(path.read_text() for path in texts(tmp_path).values()))
+    options = [
+        "--train",
+        "routers",
+        "--kl-weight",
+        0,
+        "--lm-weight",
+        1,
+        "--steps",
+        3,
+        "--window",
+        32,
+        "--device",
+        "cpu",
+    ]
+    ran = run_cli("recover", tmp_path / "out", tmp_path / "better", "--teacher", base, "--data", text, *options)
+    assert ran.code == 0, ran.err
+    changed = same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "better"))
+    assert {name.rpartition(".router.")[2] for name in changed} == {"weight", "noise_weight", "bias"}
+    load(tmp_path / "better", "llama")
+
+
 def test_examples_that_are_too_short_leave_nothing_behind(llama: Llama, tmp_path: Path) -> None:
     base, _, adapters = llama
     files = texts(tmp_path)

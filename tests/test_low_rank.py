@@ -14,7 +14,7 @@ from meo_hf.modeling.blocks_meo import find_blocks
 from meo_hf.modeling.cache_meo import routings
 from meo_hf.modeling.configuration_meo import MeoSettings
 from meo_hf.modeling.families_meo import FAMILIES, LEVELS
-from meo_hf.modeling.feedforward_meo import merged_feed_forwards
+from meo_hf.modeling.feedforward_meo import MergedExperts, merged_feed_forwards
 from meo_hf.modeling.low_rank_meo import Factors
 from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
 from meo_hf.modeling.moe_meo import merged_moe
@@ -274,3 +274,21 @@ def test_an_adapter_adapts_what_low_rank_experts_share(scope: str, caplog: pytes
         assert_close(logits_of(adapted, inputs), before, 0)
     assert_close(logits_of(adapted.merge_and_unload(), inputs), found, 1e-6)
     assert "the weight that all low-rank experts share in 2 blocks" in caplog.text
+
+
+@every([Case("llama", "segment"), Case("bert", "sequence"), Case("t5", "task")])
+@torch.no_grad()
+def test_weights_that_are_only_lent_are_multiplied_out(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = low_rank(case), case.inputs()
+    expected, forward = logits_of(model, inputs), MergedExperts.forward
+
+    def lent(self: MergedExperts, *args: Any, **kwargs: Any) -> Any:
+        maps = forward(self, *args, **kwargs)
+        for parameter in self.parameters():  # as FSDP2 takes a unit's weights away after its forward
+            parameter.data.fill_(torch.nan)
+        return maps
+
+    monkeypatch.setattr(MergedExperts, "forward", lent)
+    assert not logits_of(copy.deepcopy(model), inputs).isfinite().all()
+    monkeypatch.setattr(MergedExperts, "is_lent", lambda self: True)
+    assert_close(logits_of(model, inputs), expected, 1e-9)
