@@ -15,10 +15,11 @@ from client import Client
 from fresh import Fresh, FreshError, Values
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from loras import feed_forward_maps, save_lora
 from meo_hf.modeling.remote_meo import code_files
 from safetensors.torch import load_file
 from test_families_roundtrip import relative_rms, run_batch
-from tiny import main_class
+from tiny import main_class, tiny_dense
 
 pytestmark = pytest.mark.xdist_group("push")  # one worker: the costly fixtures are made once
 CARD = "---\nlicense: mit\nlanguage: [en, de]\npipeline_tag: feature-extraction\n---\n# A source\n"
@@ -402,3 +403,23 @@ def test_card_names_all_bases(client: Client, source: Path, folder: Path) -> Non
     data = ModelCard.load(folder / "several/README.md").data.to_dict()
     assert data["base_model"] == ["tester/src", "tester/tuned"]
     assert data["base_model_relation"] == "merge"
+
+
+def test_adapters_are_fetched_by_name_and_checked_at_their_commit(hub: HubServer, client: Client, folder: Path) -> None:
+    base, dense = saved("gpt2", folder / "lora-base"), tiny_dense("gpt2")
+    client.python(UPLOAD, repo="tester/lora-base", folder=base, private=False, tag="")
+    maps = feed_forward_maps(dense)
+    client.python(UPLOAD, repo="tester/law", folder=save_lora(dense, folder / "law", maps, 1), private=False, tag="")
+    done = client.cli("convert", "tester/lora-base", folder / "bank", "--adapter", "tester/law", "--verify", "none")
+    assert done.code == 0, done.err
+    report = json.loads((folder / "bank/meo_report.json").read_text())
+    (adapter,) = report["adapters"]
+    assert (adapter["id"], adapter["task"]) == ("tester/law", "law")
+    assert adapter["commit"] == hub.history("tester/law")[0].oid
+    assert ModelCard.load(folder / "bank/README.md").data.base_model == ["tester/lora-base", "tester/law"]
+    client.python(UPLOAD, repo="tester/law", folder=save_lora(dense, folder / "new", maps, 2), private=False, tag="")
+    done = client.cli("verify", folder / "bank", "--mode", "sample")
+    assert done.code == 0, done.err
+    done = client.cli("convert", "tester/lora-base", folder / "none", "--adapter", "tester/nothing")
+    assert done.code == 2
+    assert "neither a folder here nor a repository" in done.err

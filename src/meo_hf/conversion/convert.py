@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def convert(
             check_login(push_to_hub, private, token)
     with ExitStack() as stack:
         opened = _open_all(names, read, stack, weights=not reference)
-        loras = _open_adapters(named, read, opened[0])
+        loras = _open_adapters(named, {}, read, opened[0])
         conversion = _conversion(opened, options, placement, max_shard_size, loras)
         if push_to_hub is not None and reference and opened[0].commit is None:
             raise UsageError("a reference to a folder here is of no use on the Hub: leave --reference or the push out")
@@ -182,12 +182,14 @@ def _conversion(
     return DenseConversion(opened, options, max_shard_size, loras)
 
 
-def _open_adapters(named: dict[str, str], read: SourceOptions, base: Source) -> list[LoraSource]:
+def _open_adapters(
+    named: dict[str, str], commits: dict[str, str | None], read: SourceOptions, base: Source
+) -> list[LoraSource]:
     if not named:
         return []
     if isinstance(base.family, MoeFamily):
         raise UsageError(f"--adapter needs a dense base; {base.name} is a mixture of experts: leave it out")
-    return [open_adapter(task, name, read, base) for task, name in named.items()]
+    return [open_adapter(task, name, replace(read, revision=commits.get(task)), base) for task, name in named.items()]
 
 
 def _open_all(names: list[str], read: SourceOptions, stack: ExitStack, weights: bool = True) -> list[Source]:
@@ -223,7 +225,8 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     names = [report.source["id"], *(expert["id"] for expert in report.experts)]
     with ExitStack() as stack:
         opened = _open_all(names, read, stack, weights=not placement.reference)
-        loras = _open_adapters({one["task"]: one["id"] for one in report.adapters}, read, opened[0])
+        named, commits = ({one["task"]: one[key] for one in report.adapters} for key in ("id", "commit"))
+        loras = _open_adapters(named, commits, read, opened[0])
         _conversion(opened, options, placement, kept["max_shard_size"], loras).check(folder, report, mode, SILENT)
     return report
 

@@ -66,7 +66,7 @@ def locate_adapter(name: str, options: SourceOptions) -> tuple[Path, str | None]
         return path, None
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise SourceError(f"{name} is no folder: give the folder of an adapter, or a Hub id")
-    folder = _fetch(name, replace(options, revision=None), ("adapter_config.json", "adapter_model.safetensors", "*.md"))
+    folder = _fetch(name, options, ("adapter_config.json", "adapter_model.safetensors", "*.md"))
     return folder, folder.name if folder.parent.name == "snapshots" else None
 
 
