@@ -5,25 +5,23 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from meo_hf.cli_bench import bench
 from meo_hf.cli_compare import compare_command
+from meo_hf.cli_convert import Overwrite, Src, Token, Verify, convert_command
+from meo_hf.cli_progress import err, out, progress_bar
 from meo_hf.cli_recover import recover_command
-from meo_hf.cli_tasks import adapter_names, example_files, task_names
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
 if TYPE_CHECKING:
-    from meo_hf.conversion.progress import Progress
+    pass
 
 app = typer.Typer(
     name="meo-hf",
@@ -34,84 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-
-class Level(str, Enum):
-    """Who shares a gate."""
-
-    segment = "segment"
-    sequence = "sequence"
-    token = "token"
-    task = "task"
-
-
-class Routing(str, Enum):
-    """When a decoder's gates change."""
-
-    segment = "segment"
-    prompt = "prompt"
-
-
-class Pooling(str, Enum):
-    """How a mixture of experts' gates are pooled."""
-
-    hidden = "hidden"
-    probs = "probs"
-
-
-class GateScope(str, Enum):
-    """What has a gate of its own."""
-
-    ffn = "ffn"
-    projection = "projection"
-
-
-class ExpertInit(str, Enum):
-    """How experts are born."""
-
-    copy = "copy"
-    noise = "noise"
-    drop_upcycle = "drop-upcycle"
-
-
-class Outside(str, Enum):
-    """What becomes of adapters' parts outside of feed-forwards."""
-
-    gate = "gate"
-    merge = "merge"
-    refuse = "refuse"
-
-
-class Center(str, Enum):
-    """What low-rank experts are differences to."""
-
-    source = "source"
-    mean = "mean"
-
-
-class Dtype(str, Enum):
-    """Type of the written weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Verify(str, Enum):
-    """How much is checked."""
-
-    full = "full"
-    sample = "sample"
-    none = "none"
-
-
-Src = Annotated[str, typer.Argument(metavar="SRC", help="Hub id, folder or .gguf file.")]
-Token = Annotated[str | None, typer.Option(help="Token for the Hub; default: the one you are logged in with.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
 
 
 def _version(wanted: bool) -> None:
@@ -129,155 +51,7 @@ def _main(
     pass
 
 
-@app.command("convert")
-def convert_command(
-    source: Src,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    num_experts: Annotated[int | None, typer.Option(help="Experts per feed-forward.  [default: 8]")] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Experts that are merged for each gate.  [default: 2; of a mixture of experts its own]"),
-    ] = None,
-    level: Annotated[
-        Level | None, typer.Option(help="Who shares a gate.  [default: sequence; segment for decoder-only models]")
-    ] = None,
-    segment_length: Annotated[
-        int | None, typer.Option(help="Tokens per segment of a decoder-only model.  [default: 256]")
-    ] = None,
-    routing: Annotated[
-        Routing | None,
-        typer.Option(
-            help="Gates of a decoder-only model: frozen at the end of the prompt, or refreshed with each segment.  "
-            "[default: segment at level segment, else prompt]"
-        ),
-    ] = None,
-    pooling: Annotated[
-        Pooling | None,
-        typer.Option(
-            help="Gates of a mixture of experts: its router reads a group's mean state, or its tokens' gates are "
-            "averaged.  [default: hidden, where the family allows it]"
-        ),
-    ] = None,
-    reference: Annotated[
-        bool, typer.Option("--reference", help="Of a mixture of experts write config and code only.")
-    ] = False,
-    align: Annotated[
-        bool, typer.Option("--align", help="Permute a mixture's experts so that they can be averaged.")
-    ] = False,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy a mixture's weight files, do not link them.")] = False,
-    expert_init: Annotated[ExpertInit, typer.Option(help="How experts are born from SRC.")] = ExpertInit.copy,
-    layers: Annotated[str, typer.Option(help="Layers to convert: all, even, odd, last:N or i,j,...")] = "all",
-    gate_scope: Annotated[GateScope, typer.Option(help="One gate per feed-forward or per linear map.")] = GateScope.ffn,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME[=TEXT]", help="Task of level task, with a description or not; repeat for more."),
-    ] = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CKPT", help="Checkpoint that becomes one expert; repeat for more. Fixes their number."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]LORA",
-            help="LoRA adapter of SRC that becomes one expert, kept as it is beside SRC's weights; repeat for more. At "
-            "level task, then the default, a row with task NAME computes SRC with that adapter.",
-        ),
-    ] = None,
-    outside: Annotated[
-        Outside | None,
-        typer.Option(
-            help="Adapters' parts outside of feed-forwards: each row gets its task's, their mean is merged into the "
-            "weights, or they are refused.  [default: gate at level task, else refuse]"
-        ),
-    ] = None,
-    example: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE",
-            help="Text that adapter NAME is for, at level sequence: routers are made of one file per adapter.",
-        ),
-    ] = None,
-    expert_rank: Annotated[
-        int | None,
-        typer.Option(help="Keep experts (of --expert, or a mixture) as parts of this rank beside one weight."),
-    ] = None,
-    expert_energy: Annotated[
-        float | None,
-        typer.Option(help="As --expert-rank: the smallest ranks that keep this share of what differs."),
-    ] = None,
-    expert_center: Annotated[
-        Center | None,
-        typer.Option(help="The shared weight: SRC's or the experts' mean.  [default: source; mean of a mixture]"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.  [default: as in SRC]")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 500MB.")] = "5GB",
-    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run SRC's own code.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights too (weights_only, no code is run).")
-    ] = False,
-    token: Token = None,
-    overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    verify: Annotated[
-        Verify, typer.Option(help="full: compare both models; sample: layer by layer; none: no check.")
-    ] = Verify.full,
-    license: Annotated[str | None, typer.Option(help="Licence of the result where the sources' differ.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this repository.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
-    push_revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    commit_message: Annotated[str | None, typer.Option(help="Message of the pushed commit.")] = None,
-) -> None:
-    """Convert a dense checkpoint or a mixture of experts into a MEO model."""
-    from meo_hf.conversion.convert import convert
-    from meo_hf.tables import report_table
-
-    with _progress() as progress:
-        report = convert(
-            source,
-            output,
-            num_experts=num_experts,
-            top_k=top_k,
-            level=_value(level),
-            pooling=_value(pooling),
-            reference=reference,
-            align=align,
-            copy=copy,
-            segment_length=segment_length,
-            routing=_value(routing),
-            expert_init=expert_init.value,
-            layers=layers,
-            gate_scope=gate_scope.value,
-            tasks=task_names(task or []),
-            experts=expert or (),
-            adapters=adapter_names(adapter or []),
-            outside=_value(outside),
-            examples=example_files(example or []),
-            expert_rank=expert_rank,
-            expert_energy=expert_energy,
-            expert_center=_value(expert_center),
-            seed=seed,
-            dtype=_value(dtype),
-            max_shard_size=max_shard_size,
-            source_revision=source_revision,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            token=token,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            verify=verify.value,
-            license=license,
-            push_to_hub=push_to_hub,
-            private=private,
-            push_revision=push_revision,
-            commit_message=commit_message,
-            progress=progress,
-        )
-    out.print(report_table(report))
-    for warning in report.warnings:
-        out.print(f"note: {warning}", markup=False, soft_wrap=True)
+app.command("convert")(convert_command)
 
 
 @app.command("inspect")
@@ -369,7 +143,7 @@ def demo_command(
     """Convert a small real model, load it without meo_hf and compare it with its source."""
     from meo_hf.demo import run_demo
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         lines = run_demo(source, output, progress, out)
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
@@ -377,33 +151,6 @@ def demo_command(
 
 app.command("compare")(compare_command)
 app.command("recover")(recover_command)
-
-
-def _value(choice: Enum | None) -> Any:
-    return None if choice is None else choice.value
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show stages and bytes on the terminal's error stream; nothing where it is no terminal."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    from meo_hf.conversion.progress import Progress
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        current: list[Any] = []
-
-        def stage(name: str, total: int) -> None:
-            for task in current:
-                bar.remove_task(task)
-            current[:] = [bar.add_task(name, total=total)]
-
-        def advance(count: int) -> None:
-            bar.advance(current[0], count)
-
-        yield Progress(stage, advance)
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -50,7 +50,7 @@ def decode_command(
     from meo_hf.benchmark.decode_report import decode_table, notes, write_results
     from meo_hf.benchmark.decode_variants import DecodeSettings
     from meo_hf.benchmark.machine import Machine
-    from meo_hf.cli import out
+    from meo_hf.cli_progress import out
     from meo_hf.conversion.source import public_name
 
     settings = DecodeSettings(
@@ -102,7 +102,7 @@ def check_outputs(json_file: Path | None, plot: Path | None) -> None:
 def build_models(source: str, settings: DecodeSettings, check: Callable[[PreTrainedConfig, str], None]) -> Models:
     """Load a dense model, and a MEO model converted from it into a folder that does not stay."""
     from meo_hf.benchmark.decode_variants import load_models
-    from meo_hf.cli import _progress
+    from meo_hf.cli_progress import progress_bar
     from meo_hf.conversion.convert import convert
     from meo_hf.conversion.fetch import SourceOptions
     from meo_hf.conversion.source import open_source, quiet_transformers
@@ -110,7 +110,7 @@ def build_models(source: str, settings: DecodeSettings, check: Callable[[PreTrai
     opened = open_source(source, SourceOptions())
     try:
         check(opened.config, source)
-        with tempfile.TemporaryDirectory(prefix="meo-hf-") as folder, _progress() as progress:
+        with tempfile.TemporaryDirectory(prefix="meo-hf-") as folder, progress_bar() as progress:
             meo = Path(folder) / "meo"
             convert(
                 opened.loadable,
@@ -135,7 +135,7 @@ def bar(steps: int) -> Iterator[Callable[[str], None]]:
     """Show where a run is; drawn only between what is timed, by no thread of its own."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from meo_hf.cli import err
+    from meo_hf.cli_progress import err
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=err, transient=True, auto_refresh=False, disable=not err.is_terminal) as shown:

@@ -26,8 +26,8 @@ def calibrate_command(
     from meo_hf.benchmark.calibrate import check_choices, measure_rates
     from meo_hf.benchmark.machine import Machine
     from meo_hf.benchmark.options import check_place
-    from meo_hf.cli import err, out
     from meo_hf.cli_bench import check_outputs
+    from meo_hf.cli_progress import err, out
     from meo_hf.modeling.plans_meo import write_rates
 
     names = tuple(dict.fromkeys(dtype.split(",")))

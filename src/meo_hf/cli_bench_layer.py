@@ -174,8 +174,8 @@ def _run(
     from meo_hf.benchmark.layer_report import cell_notes, merging_note
     from meo_hf.benchmark.layer_results import Results
     from meo_hf.benchmark.machine import Machine
-    from meo_hf.cli import out
     from meo_hf.cli_bench import check_outputs
+    from meo_hf.cli_progress import out
 
     if limit is not None and limit < 1:
         raise UsageError(f"--cells is {limit}: give a whole number from 1 on")
@@ -213,7 +213,7 @@ def _bar(cells: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]
     """Show where a run is; drawn only between what is timed, by no thread of its own."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from meo_hf.cli import err
+    from meo_hf.cli_progress import err
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=err, transient=True, auto_refresh=False, disable=not err.is_terminal) as bar:

@@ -47,9 +47,9 @@ def prefill_command(
     from meo_hf.benchmark.prefill import steps_of, time_prefill
     from meo_hf.benchmark.prefill_report import notes, prefill_table, write_results
     from meo_hf.benchmark.prefill_setup import PrefillSettings
-    from meo_hf.cli import out
     from meo_hf.cli_bench import bar, check_outputs
     from meo_hf.cli_bench_layer import numbers
+    from meo_hf.cli_progress import out
     from meo_hf.conversion.source import public_name
 
     if (source is None) == (config is None):
@@ -120,8 +120,8 @@ def convert_command(
     from meo_hf.benchmark.convert_timing import convert_table, steps_of, time_convert, write_results
     from meo_hf.benchmark.machine import Machine
     from meo_hf.benchmark.options import at_least
-    from meo_hf.cli import out
     from meo_hf.cli_bench import bar, check_outputs
+    from meo_hf.cli_progress import out
     from meo_hf.conversion.fetch import SourceOptions
     from meo_hf.conversion.source import open_source, public_name
     from meo_hf.modeling.moe_families_meo import MoeFamily

@@ -39,7 +39,7 @@ def compare_command(
     from meo_hf.benchmark.compare_report import compare_table, layers_table, notes, write_results
     from meo_hf.benchmark.compare_variants import CompareSettings
     from meo_hf.benchmark.machine import Machine
-    from meo_hf.cli import out
+    from meo_hf.cli_progress import out
     from meo_hf.conversion.source import public_name
 
     settings = CompareSettings(
@@ -78,7 +78,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     """Show where a run is; drawn only between what is timed, by no thread of its own."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from meo_hf.cli import err
+    from meo_hf.cli_progress import err
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=err, transient=True, auto_refresh=False, disable=not err.is_terminal) as bar:

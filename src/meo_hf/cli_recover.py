@@ -83,7 +83,7 @@ def recover_command(
     ] = None,
 ) -> None:
     """Train a model to predict what its source does."""
-    from meo_hf.cli import err, out
+    from meo_hf.cli_progress import err, out
     from meo_hf.errors import MeoError
     from meo_hf.training.recover import RecoveryStopped, recover
     from meo_hf.training.recover_settings import RecoverySettings
@@ -173,7 +173,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     """Show what a run does and how far it is."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from meo_hf.cli import err
+    from meo_hf.cli_progress import err
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:

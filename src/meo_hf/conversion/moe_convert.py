@@ -14,7 +14,7 @@ from meo_hf.conversion.moe_verification import verify_moe
 from meo_hf.conversion.options import Options
 from meo_hf.conversion.placement import Placement
 from meo_hf.conversion.progress import Progress
-from meo_hf.conversion.report import ConversionReport, losses_of, source_entry, warnings_of
+from meo_hf.conversion.report import ConversionReport, losses_of, size_warnings, source_entry, warnings_of
 from meo_hf.conversion.source import Source
 from meo_hf.conversion.write import Targets, write_tensors
 from meo_hf.errors import UsageError
@@ -79,7 +79,11 @@ class MoeConversion:
                 "newly_initialised_on_load": plan.missing,
             },
             weights=weights,
-            warnings=[*warnings_of(plan.missing, [], source.model_class().__name__), ANOTHER_FUNCTION],
+            warnings=[
+                *warnings_of(plan.missing, [], source.model_class().__name__),
+                *([] if plan.bank is None else size_warnings(plan.bank.maps)),
+                ANOTHER_FUNCTION,
+            ],
             versions=versions(),
         )
 

@@ -130,6 +130,7 @@ def report_of(plan: Plan, output: Path, options: dict[str, Any]) -> ConversionRe
         warnings=[
             *warnings_of(plan.missing, plan.carried, plan.source.model_class().__name__),
             *([] if plan.adapters is None else adapter_warnings(plan.adapters, plan.source)),
+            *([] if plan.bank is None else size_warnings(plan.bank.maps)),
         ],
         versions=versions(),
     )
@@ -167,6 +168,17 @@ def adapter_warnings(bank: AdapterBank, source: Source) -> list[str]:
             "computes what one adapter alone does"
         )
     return warnings
+
+
+def size_warnings(maps: Mapping[str, Factorised]) -> list[str]:
+    """Return a remark on linear maps whose parts are larger than whole experts would be."""
+    shapes = [(one.rank, *one.shape) for one in maps.values()]
+    large = [
+        1 for rank, count, rows, columns in shapes if count * rank * (rows + columns) > (count - 1) * rows * columns
+    ]
+    if not large:
+        return []
+    return [f"{len(large)} of {len(maps)} linear maps take more memory as parts than as whole experts: lower the rank"]
 
 
 def losses_of(maps: Mapping[str, Factorised]) -> list[dict[str, Any]]:
