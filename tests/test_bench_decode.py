@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from meo_hf import cli
+from meo_hf import cli_progress
 from meo_hf.benchmark import decode, moe
 from meo_hf.benchmark.decode_variants import DecodeSettings, Models, answer, selecting, variants_of
 from meo_hf.benchmark.machine import Machine
@@ -154,7 +154,7 @@ def test_noise_is_said() -> None:
 
 def test_command_prints_and_writes_what_it_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli, "out", Console(width=200, highlight=False))
+    monkeypatch.setattr(cli_progress, "out", Console(width=200, highlight=False))
     source = saved("llama", tmp_path / "tiny[b]llama")
     before = listing(tmp_path)
     done = run_cli("bench", "decode", source, *SMALL, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from meo_hf import cli
+from meo_hf import cli_progress
 from meo_hf.benchmark import layer, layer_mixture, layer_variants, train_step
 from meo_hf.benchmark.layer import LayerTimer, time_grid
 from meo_hf.benchmark.layer_report import merging_note
@@ -270,7 +270,7 @@ def test_a_file_of_another_run_is_refused(
 
 def test_commands_print_write_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli, "out", Console(width=200, highlight=False))
+    monkeypatch.setattr(cli_progress, "out", Console(width=200, highlight=False))
     for command, rows in (
         ("layer", ("dense", "moe eager", "published", "meo product", "meo", "floor (max)", "floor (sum)")),
         ("train-step", ("dense", "moe grouped_mm", "published", "meo")),

@@ -20,7 +20,7 @@ from tiny import draw_experts, meo_config, merged_of, spread, tiny_dense
 from torch import Tensor
 from transformers import BertModel
 
-from meo_hf import cli, convert
+from meo_hf import cli_progress, convert
 from meo_hf.benchmark import convert_timing, moe, prefill
 from meo_hf.benchmark.convert_timing import VARIANTS, Run
 from meo_hf.benchmark.decode_variants import Models
@@ -138,7 +138,7 @@ def test_combining_is_not_called_merging() -> None:
 
 def test_command_prints_and_writes_what_it_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli, "out", Console(width=200, highlight=False))
+    monkeypatch.setattr(cli_progress, "out", Console(width=200, highlight=False))
     source = saved("llama", tmp_path / "tiny[b]llama")
     before = listing(tmp_path)
     done = run_cli("bench", "prefill", source, *SMALL, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
@@ -214,7 +214,7 @@ def ran(job: dict[str, Any], options: dict[str, Any] | None, broken: bool = Fals
 
 
 def test_conversion_is_compared_with_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "out", Console(width=200, highlight=False))
+    monkeypatch.setattr(cli_progress, "out", Console(width=200, highlight=False))
     monkeypatch.setattr(convert_timing, "_run", ran)
     source = saved("llama", tmp_path / "dense")
     before = listing(tmp_path)

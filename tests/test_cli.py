@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny import tiny_dense
 from transformers import BertModel, DogeConfig
 
-from meo_hf import __version__, cli, convert, inspect
+from meo_hf import __version__, cli, cli_convert, cli_progress, convert, inspect
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
 COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "recover", "bench")
@@ -30,7 +30,8 @@ BENCHES = ("layer", "prefill", "decode", "train-step", "convert", "calibrate")
 def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "out", Console(width=200, highlight=False))  # tables are not folded
+    for module in (cli, cli_convert, cli_progress):
+        monkeypatch.setattr(module, "out", Console(width=200, highlight=False))  # tables are not folded
 
 
 def words(text: str) -> str:

@@ -18,7 +18,7 @@ from tiny import tiny_dense
 from torch import Tensor
 from transformers import MixtralForCausalLM
 
-from meo_hf import cli
+from meo_hf import cli_progress
 from meo_hf.benchmark import compare as compare_module
 from meo_hf.benchmark.compare import Comparison, compare
 from meo_hf.benchmark.compare_quality import measure_quality
@@ -122,7 +122,7 @@ def test_command_prints_and_writes_what_it_saw(
     pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli, "out", Console(width=80, highlight=False))
+    monkeypatch.setattr(cli_progress, "out", Console(width=80, highlight=False))
     source, meo, text = pair
     options = (*SMALL, "--also", source, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     done = run_cli("compare", source, meo, "--text", text, *options)
