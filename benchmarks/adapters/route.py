@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from meo_hf.modeling.router_meo import MeoRouter
 from texts import WINDOW, held_out, splits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,6 @@ from transformers.utils import logging
 
 import meo_hf
 from meo_hf import convert
-from meo_hf.modeling.router_meo import MeoRouter
 from meo_hf.version import versions
 
 PROMPT = WINDOW // 2
