@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import meo_hf
 from meo_hf import convert
 from meo_hf.version import versions
 
+COMMAND = "python benchmarks/adapters/route.py OUT --json benchmarks/adapters/route.json"
 PROMPT = WINDOW // 2
 CHARACTERS = 20_000
 ROUTED = {"examples, top-1": (True, 1), "examples, top-2": (True, 2), "untrained routers, top-2": (False, 2)}
@@ -66,7 +66,7 @@ def main() -> None:
                 found["right"][arm][name] = float((torch.cat(chosen) == number).float().mean())
             print(arm, found["losses"][arm], found["right"][arm], flush=True)
             del model
-    found |= {"command": " ".join(["python", *sys.argv]), "versions": versions(), "threads": torch.get_num_threads()}
+    found |= {"command": COMMAND, "versions": versions(), "threads": torch.get_num_threads()}
     print(table(found))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
