@@ -28,8 +28,8 @@ from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
 from .families_meo import Family
 from .groups_meo import Groups, TaskGroups
-from .low_rank_meo import Adapted, Factors, Mark, mark_of
-from .merger_meo import Linear, Merger, bank_key, gated_at_once
+from .low_rank_meo import Adapted, Mark, mark_of
+from .merger_meo import Linear, Merger, gated_at_once
 from .parallel_meo import own_tensors
 from .router_meo import Gates, MeoRouter
 from .routing_meo import Call, RoutingContext
@@ -64,8 +64,7 @@ class MergedExperts(Merger, nn.Module):
             self.register_parameter(f"{name}_bias", bias if has_bias else None)
         if not whole:
             ranks = {name: settings.rank_of(f"{block.path}.{path}") for name, path in block.paths.items()}
-            made = {bank_key(n): Factors(settings.num_experts, r, self.stack(n)[0]) for n, r in ranks.items() if r}
-            self.low_rank = nn.ModuleDict(made)
+            self.keep_parts(ranks, settings.num_experts)
 
     def forward(
         self,

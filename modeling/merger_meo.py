@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .errors_meo import RoutingError
 from .groups_meo import Groups, TaskGroups
-from .low_rank_meo import Adapted, LowRank, low_rank_linear, merged_part, part_of
+from .low_rank_meo import Adapted, Factors, LowRank, low_rank_linear, merged_part, part_of
 from .merged_linear_meo import gated_linear, merged_linear
 from .merging_meo import grouped_linear, merge_experts, owned_linear
 from .parallel_meo import Shards
@@ -49,6 +49,11 @@ class Merger:
     def bank(self) -> nn.ModuleDict | None:
         """Return the experts' own low-rank parts by map, None where the stacks hold whole experts."""
         return cast(nn.ModuleDict | None, cast(nn.Module, self)._modules.get("low_rank"))
+
+    def keep_parts(self, ranks: Mapping[str, int], experts: int) -> None:
+        """Make room for low-rank parts of maps that have a rank."""
+        made = {bank_key(n): Factors(experts, r, self.stack(n)[0]) for n, r in ranks.items() if r}
+        cast(nn.Module, self).low_rank = nn.ModuleDict(made)
 
     def _own_part(self, name: str) -> tuple[LowRank, ...]:
         """Return the experts' own part of a linear map, if it has one."""
@@ -146,9 +151,8 @@ class Merger:
             stack, parts = adapted.scaled(stack), (*parts, *adapted.parts)
         bias = None if bias is None else merge_experts(bias, *gates)
         if self.is_lent():
-            deltas = [merged_part(part, gates)[0] for part in parts]
-            whole = stack.expand(len(gates.top_k_index), -1, -1)
-            return _bound(sum(deltas, whole.to(deltas[0].dtype)).to(stack.dtype) if deltas else whole, bias, owner)
+            whole = stack.expand(len(gates.top_k_index), -1, -1).clone()
+            return _bound(*_with_parts(whole, bias, parts, gates), owner)
         shared = SharedMap(stack[0], bias if bias is None or owner is None else bias[owner])
         return AdaptedMap(shared, parts, gates, owner) if parts else shared
 
@@ -175,13 +179,7 @@ class Merger:
         stack, bias = self.stack(name)
         if adapted is None:
             return _merge(stack, bias, gates)
-        weight, bias = _merge(adapted.scaled(stack), bias, gates)
-        for part in adapted.parts:
-            delta, more = merged_part(part, gates)
-            weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
-            if more is not None:
-                bias = more.to(weight.dtype) if bias is None else bias + more.to(bias.dtype)
-        return weight, bias
+        return _with_parts(*_merge(adapted.scaled(stack), bias, gates), adapted.parts, gates)
 
     def _merge_into(
         self,
@@ -230,6 +228,18 @@ def bank_key(name: str) -> str:
 
 def _merge(stack: Tensor, bias: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:
     return merge_experts(stack, *gates), None if bias is None else merge_experts(bias, *gates)
+
+
+def _with_parts(
+    weight: Tensor, bias: Tensor | None, parts: tuple[LowRank, ...], gates: Gates
+) -> tuple[Tensor, Tensor | None]:
+    """Add parts, multiplied out, to merged weights [G, O, I] and biases [G, O]."""
+    for part in parts:
+        delta, more = merged_part(part, gates)
+        weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        if more is not None:
+            bias = more.to(weight.dtype) if bias is None else bias + more.to(bias.dtype)
+    return weight, bias
 
 
 @dataclass

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .blocks_meo import cache_layer
 from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
-from .low_rank_meo import Factors
-from .merger_meo import bank_key
 from .moe_adapters_meo import (
     DbrxBlock,
     DbrxGLU,
@@ -147,14 +145,13 @@ def keep_low_rank(block: Any, path: str, settings: MeoSettings) -> None:
     named: Iterator[tuple[str, Any]] = block.named_modules()
     module: Any
     place, module = next((name, each) for name, each in named if isinstance(each, MergedExpertsMixin))
-    names, experts = module.maps, module.count()
-    ranks = {name: settings.rank_of(f"{path}.{place}.{name}") for name in names}
-    made = {bank_key(name): Factors(experts, rank, module.stack(name)[0]) for name, rank in ranks.items() if rank}
+    experts = module.count()
+    ranks = {name: settings.rank_of(f"{path}.{place}.{name}") for name in module.maps}
     for name, parameter in list(module.named_parameters(recurse=False)):
         if not name.endswith("bias"):
             kept = parameter.detach()[: len(parameter) // experts].clone()
             setattr(module, name, nn.Parameter(kept))
-    module.low_rank = nn.ModuleDict(made)
+    module.keep_parts(ranks, experts)
 
 
 def _merge_block(

@@ -33,14 +33,16 @@ class TaskLinear:
         """Map rows [B, S, I], or flattened [B * S, I]; keeps the shape."""
         y = super().forward(x)  # type: ignore[misc]
         call = self._context.call()
-        if call.rows is None or x.shape[:-1].numel() % call.rows or (x.dim() > 2 and x.shape[0] != call.rows):
+        try:
+            rows = call.grouped(x)
+        except RoutingError:
             raise RoutingError(
                 f"a linear map with a part for each task got {tuple(x.shape)} in a batch of {call.rows} rows: what it "
                 "maps belongs to no row (such as relative positions), so no task's part fits. Convert with `outside` "
                 "`merge`, or from adapters that leave such maps alone"
-            )
+            ) from None
         groups = TaskGroups(fixed_task(self._context, call), call.task_ids)
-        cells = groups.split(call.grouped(x))
+        cells = groups.split(rows)
         tasks = groups.read("hidden", cells).to(x.device)
         gates = Gates(tasks[:, None], torch.ones(len(tasks), 1, device=x.device))
         part = low_rank_linear(cells.to(y.dtype), part_of(self.low_rank), gates, None)
@@ -54,15 +56,7 @@ def task_linears(model: nn.Module) -> dict[str, Any]:
 
 def check_task_linears(model: PreTrainedModel, settings: MeoSettings) -> None:
     """Raise MeoConfigError if linear maps with parts for tasks were replaced, as some quantisers do while loading."""
-    if settings.expert_format != "lowrank" or settings.level != "task":
-        return
-    inside = _inside_experts(model)
-    lost = [
-        path
-        for path, module in model.named_modules()
-        if hasattr(module, "in_features") and not isinstance(module, TaskLinear)
-        if not path.startswith(inside) and settings.rank_of(path)
-    ]
+    lost = [path for path, module in _ranked(model, settings) if not isinstance(module, TaskLinear)]
     if lost:
         raise MeoConfigError(
             f"{len(lost)} linear maps that add a part for each task, such as {lost[0]}, were replaced while loading: "
@@ -70,19 +64,21 @@ def check_task_linears(model: PreTrainedModel, settings: MeoSettings) -> None:
         )
 
 
-def _inside_experts(model: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MeoFeedForward))
-
-
 def give_tasks_parts(model: PreTrainedModel, settings: MeoSettings, context: RoutingContext) -> None:
     """Let linear maps outside of feed-forwards that the settings give a rank add a part for each task."""
-    if settings.expert_format != "lowrank" or settings.level != "task":
-        return
-    inside = _inside_experts(model)
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or path.startswith(inside) or not settings.rank_of(path):
+    for path, module in _ranked(model, settings):
+        if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight  # type: ignore[operator]
         module.__class__ = merging_class(TaskLinear, cast(Any, type(module)))
         module.low_rank = Factors(len(settings.tasks), settings.rank_of(path), weight)
         module._context = context  # type: ignore[assignment]
+
+
+def _ranked(model: nn.Module, settings: MeoSettings) -> list[tuple[str, Any]]:
+    """Return linear maps outside of feed-forwards that the settings give a rank, whatever class they have by now."""
+    if settings.expert_format != "lowrank" or settings.level != "task":
+        return []
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MeoFeedForward))
+    linears = ((p, m) for p, m in model.named_modules() if hasattr(m, "in_features") or isinstance(m, Conv1D))
+    return [(path, module) for path, module in linears if not path.startswith(inside) and settings.rank_of(path)]

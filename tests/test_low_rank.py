@@ -292,3 +292,17 @@ def test_weights_that_are_only_lent_are_multiplied_out(case: Case, monkeypatch: 
     assert not logits_of(copy.deepcopy(model), inputs).isfinite().all()
     monkeypatch.setattr(MergedExperts, "is_lent", lambda self: True)
     assert_close(logits_of(model, inputs), expected, 1e-9)
+
+
+@torch.no_grad()
+def test_biases_of_an_adapter_are_kept_where_weights_are_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("bert", "sequence")
+    model, inputs = low_rank(case), case.inputs()
+    config = MeoLoraConfig(r=2, lora_bias=True, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and "bias" in name:
+            parameter.data.fill_(0.3)
+    expected = logits_of(adapted, inputs)
+    monkeypatch.setattr(MergedExperts, "is_lent", lambda self: True)
+    assert_close(logits_of(adapted, inputs), expected, 1e-9)

@@ -62,22 +62,22 @@ class AdapterBank:
         own = {"top_k": 1, "router": "top_k", "balance_loss": 0.0, "tasks": [one.task for one in self.adapters]}
         return {**block, **own}
 
-    def recipes(self, block: Block) -> Iterator[tuple[str, Recipe, list[TensorRef]]]:
-        """Yield target name, recipe and factors of a feed-forward's low-rank parts."""
+    def recipes(self, block: Block) -> Iterator[tuple[str, Recipe]]:
+        """Yield target name and recipe of a feed-forward's low-rank parts."""
         for name, path in block.paths.items():
             yield from self._pair(
                 f"{block.slot}.experts.low_rank.{bank_key(name)}", self.inside.get(f"{block.path}.{path}")
             )
 
-    def outside_recipes(self) -> Iterator[tuple[str, Recipe, list[TensorRef]]]:
-        """Yield target name, recipe and factors of other maps' parts for tasks."""
+    def outside_recipes(self) -> Iterator[tuple[str, Recipe]]:
+        """Yield target name and recipe of other maps' parts for tasks."""
         for path in self.outside if self.rule == "gate" else ():
             yield from self._pair(f"{path}.low_rank", self.outside[path])
 
-    def _pair(self, name: str, parts: Parts | None) -> Iterator[tuple[str, Recipe, list[TensorRef]]]:
+    def _pair(self, name: str, parts: Parts | None) -> Iterator[tuple[str, Recipe]]:
         if parts is not None:
             for letter in "AB":
-                yield f"{name}.{letter}", Padded(parts, letter), [ref for ref in _refs(parts, letter) if ref]
+                yield f"{name}.{letter}", Padded(parts, letter)
 
     @property
     def dtype(self) -> torch.dtype:

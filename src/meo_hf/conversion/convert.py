@@ -189,7 +189,9 @@ def _open_adapters(
         return []
     if isinstance(base.family, MoeFamily):
         raise UsageError(f"--adapter needs a dense base; {base.name} is a mixture of experts: leave it out")
-    return [open_adapter(task, name, replace(read, revision=commits.get(task)), base) for task, name in named.items()]
+    model = base.meta_model()
+    at = {task: replace(read, revision=commits.get(task)) for task in named}
+    return [open_adapter(task, name, at[task], base, model) for task, name in named.items()]
 
 
 def _open_all(names: list[str], read: SourceOptions, stack: ExitStack, weights: bool = True) -> list[Source]:

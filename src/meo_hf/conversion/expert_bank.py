@@ -63,12 +63,12 @@ class ExpertBank:
         """Ranks by path."""
         return {path: one.rank for path, one in self.maps.items()}
 
-    def recipes(self, block: Block) -> Iterator[tuple[str, Recipe, Factorised]]:
-        """Yield target name, recipe and experts of a feed-forward's low-rank parts."""
+    def recipes(self, block: Block) -> Iterator[tuple[str, Recipe]]:
+        """Yield target name and recipe of a feed-forward's low-rank parts."""
         for name, path in block.paths.items():
             experts = self.maps[f"{block.path}.{path}"]
             for letter in "AB":
-                yield f"{block.slot}.experts.low_rank.{bank_key(name)}.{letter}", Factor(experts, letter), experts
+                yield f"{block.slot}.experts.low_rank.{bank_key(name)}.{letter}", Factor(experts, letter)
 
 
 def expert_bank(
@@ -76,7 +76,6 @@ def expert_bank(
     source: dict[str, TensorRef],
     experts: Sequence[dict[str, TensorRef]],
     truncation: Truncation,
-    advance: Callable[[], None] = lambda: None,
 ) -> ExpertBank:
     """Prepare checkpoints' feed-forwards, by live name, and choose their ranks; for an energy all weights are read."""
     bank = ExpertBank(truncation.center or "source")
@@ -90,7 +89,6 @@ def expert_bank(
             center = _one(source[f"{name}.weight"], transposed) if bank.center == "source" else None
             bank.maps[name] = Factorised(name, shape, _all(refs, transposed), center)
             truncation.choose(bank.maps[name])
-            advance()
     return bank
 
 

@@ -48,9 +48,9 @@ class Factorised:
         """The rank at which nothing is left out."""
         return min(self.shape[1:])
 
-    def mean(self) -> Tensor:
-        """Return W_0 [O, I] in float32."""
-        return self.load().float().mean(0) if self.center is None else self.center().float()
+    def _shared(self, experts: Tensor) -> Tensor:
+        """Return W_0 [O, I] of experts [E, O, I]."""
+        return experts.mean(0) if self.center is None else self.center().float()
 
     def rank_for(self, energy: float) -> int:
         """Return the smallest rank that keeps this share of the squared differences of all experts together."""
@@ -69,9 +69,8 @@ class Factorised:
     def error(self, factors: dict[str, Tensor], shared: torch.dtype) -> float:
         """Return the relative Frobenius error of all experts with other factors, and W_0 as kept in a type."""
         experts = self.load().float()
-        center = experts.mean(0) if self.center is None else self.center().float()
         product = factors["B"].float().transpose(1, 2) @ factors["A"].float()
-        lost = experts - center.to(shared).float() - product
+        lost = experts - self._shared(experts).to(shared).float() - product
         norm = float(experts.double().square().sum())
         return (float(lost.double().square().sum()) / norm) ** 0.5 if norm else 0.0
 
@@ -85,7 +84,7 @@ class Factorised:
         """Return the squared norm of all experts, and each one's difference to W_0 [E, O, I]."""
         experts = self.load().float()
         norm = float(experts.double().square().sum())
-        return norm, experts - (experts.mean(0) if self.center is None else self.center().float())
+        return norm, experts - self._shared(experts)
 
     def _solve(self) -> dict[str, Tensor]:
         norm, differences = self._differences()

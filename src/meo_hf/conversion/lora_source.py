@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from meo_hf.conversion.dense_tensors import tensors_by_live_name
 from meo_hf.conversion.fetch import SourceOptions, locate_adapter
 from meo_hf.conversion.safetensors_files import TensorRef, read_header
-from meo_hf.conversion.source import Source, lasting_name, public_name
+from meo_hf.conversion.source import Origin, Source
 from meo_hf.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +66,7 @@ class LoraPart:
 
 
 @dataclass(frozen=True)
-class LoraSource:
+class LoraSource(Origin):
     """A LoRA adapter on disk: the task it is named after, and its parts by paths of modules."""
 
     name: str
@@ -78,16 +77,6 @@ class LoraSource:
     parts: dict[str, LoraPart]
     prefix: str = ""
     """What stands before its paths in the base checkpoint's model; with a leading `-`, what they have too much."""
-
-    @property
-    def public_name(self) -> str:
-        """The Hub id, or the last part of a local path."""
-        return public_name(self.name)
-
-    @property
-    def lasting_name(self) -> str:
-        """The Hub id, or the whole of a local path."""
-        return lasting_name(self.name, self.commit)
 
     @property
     def ranks(self) -> list[int]:
@@ -114,8 +103,8 @@ def named_adapters(adapters: Sequence[str | os.PathLike[str]] | Mapping[str, str
     return named
 
 
-def open_adapter(task: str, name: str, options: SourceOptions, base: Source) -> LoraSource:
-    """Open an adapter of a dense base.
+def open_adapter(task: str, name: str, options: SourceOptions, base: Source, model: PreTrainedModel) -> LoraSource:
+    """Open an adapter of a dense base, whose `model` needs no memory for its weights.
 
     Raises SourceError if it cannot be found, CheckpointError if it is damaged or fits no such model, UnsupportedError
     for what is no plain LoRA.
@@ -126,7 +115,7 @@ def open_adapter(task: str, name: str, options: SourceOptions, base: Source) -> 
     if not (folder / WEIGHTS).is_file():
         pickled = " (pickles are not read: save it again with PEFT)" if (folder / "adapter_model.bin").is_file() else ""
         raise SourceError(f"adapter {name} has no {WEIGHTS}{pickled}")
-    model, tensors = base.meta_model(), read_header(folder / WEIGHTS)
+    tensors = read_header(folder / WEIGHTS)
     copies = {key: ref for key, ref in tensors.items() if key.endswith(".base_layer.weight") and key.startswith(ROOT)}
     parts = _parts({key: ref for key, ref in tensors.items() if key not in copies}, config, name)
     trained_on = config.get("base_model_name_or_path")
@@ -218,6 +207,8 @@ def _scale(path: str, pair: dict[str, TensorRef], config: dict[str, Any], name: 
 
 
 def _by_pattern(path: str, patterns: dict[str, Any] | None, otherwise: Any) -> Any:
+    from peft.utils.other import get_pattern_key  # PEFT takes a while to import, and few conversions need it
+
     patterns = patterns or {}
     return patterns.get(get_pattern_key(list(patterns), path), otherwise)
 

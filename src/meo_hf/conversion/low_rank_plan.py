@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from meo_hf.conversion.adapter_bank import AdapterBank, bank_of, rank, ranks_by_ending
 from meo_hf.conversion.dense_tensors import parts_of, tensors_by_live_name
 from meo_hf.conversion.expert_bank import ExpertBank, expert_bank
@@ -27,6 +29,7 @@ class LowRankExperts:
 
 
 def low_rank_of(
+    dense: PreTrainedModel,
     source: Source,
     experts: Sequence[Source],
     adapters: Sequence[LoraSource],
@@ -34,19 +37,22 @@ def low_rank_of(
     blocks: Sequence[Block],
     layers: Sequence[int],
 ) -> LowRankExperts:
-    """Prepare experts that are kept as parts; raises UsageError for options that contradict them."""
+    """Prepare experts that are kept as parts; `dense` is the source's model without memory.
+
+    Raises UsageError for options that contradict them.
+    """
     if adapters:
-        return _of_adapters(source, experts, adapters, options, blocks)
+        return _of_adapters(dense, experts, adapters, options, blocks)
     if options.outside is not None or options.examples:
         idle = "--example" if options.examples else "--outside"
         raise UsageError(f"{idle} has no effect without --adapter: leave it out")
     if options.truncation:
-        return _of_checkpoints(source, experts, options, [block for block in blocks if block.index in layers])
+        return _of_checkpoints(dense, source, experts, options, [block for block in blocks if block.index in layers])
     return LowRankExperts()
 
 
 def _of_adapters(
-    source: Source,
+    dense: PreTrainedModel,
     experts: Sequence[Source],
     adapters: Sequence[LoraSource],
     options: Options,
@@ -54,18 +60,17 @@ def _of_adapters(
 ) -> LowRankExperts:
     _check_adapter_options(options, experts)
     _check_examples(options, [adapter.task for adapter in adapters])
-    dense, level = source.meta_model(), options.level or "task"
+    level = options.level or "task"
     bank = bank_of(adapters, blocks, dense, level, options.outside)
     ranks = ranks_by_ending({path: rank(parts) for path, parts in bank.gated.items()}, dense)
     return LowRankExperts(bank, None, {**bank.settings(options.top_k), "level": level, "expert_ranks": ranks})
 
 
 def _of_checkpoints(
-    source: Source, experts: Sequence[Source], options: Options, blocks: Sequence[Block]
+    dense: PreTrainedModel, source: Source, experts: Sequence[Source], options: Options, blocks: Sequence[Block]
 ) -> LowRankExperts:
     if not experts:
         raise UsageError("--expert-rank and --expert-energy need experts that differ: give --expert checkpoints")
-    dense = source.meta_model()
     found = [tensors_by_live_name(dense, one) for one in (source, *experts)]
     for one, refs in zip((source, *experts), found, strict=True):
         _check_feed_forwards(one, blocks, refs)

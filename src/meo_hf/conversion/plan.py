@@ -118,7 +118,7 @@ def build_plan(
         raise UnsupportedError(f"{source.name}: found no feed-forward in {type(dense).__name__}")
     depth = max(block.index for block in blocks) + 1
     layers = parse_layers(options.layers, depth)
-    low_rank = low_rank_of(source, experts, adapters, options, blocks, layers)
+    low_rank = low_rank_of(dense, source, experts, adapters, options, blocks, layers)
     config = _meo_config(source, experts, options, layers if len(layers) < depth else None, low_rank.settings)
     meo_class = meo_model_class(type(dense))
     settings = settings_of(config)
@@ -209,7 +209,7 @@ def _decide(plan: Plan, dense: PreTrainedModel, blocks: list[Block], meo: PreTra
             recipes[name] = recipe
             used.update(sources)
             plan.expanded.append(name)
-    for name, recipe, _ in plan.adapters.outside_recipes() if plan.adapters is not None else ():
+    for name, recipe in plan.adapters.outside_recipes() if plan.adapters is not None else ():
         recipes[name] = recipe
         plan.expanded.append(name)
     merged = {} if plan.adapters is None else {f"{path}.weight": parts for path, parts in plan.adapters.merged.items()}
@@ -282,7 +282,7 @@ def _block_recipes(
             )
             yield f"{block.slot}.experts.{target}{suffix}", recipe, names
     for bank in (plan.adapters, plan.bank):
-        for name, factor, _ in bank.recipes(block) if bank is not None else ():
+        for name, factor in bank.recipes(block) if bank is not None else ():
             yield name, factor, []
 
 

@@ -27,8 +27,25 @@ from meo_hf.modeling.remote_meo import heads_of
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
+class Origin:
+    """What names something that came from the Hub or a folder here."""
+
+    name: str
+    commit: str | None
+
+    @property
+    def public_name(self) -> str:
+        """The Hub id, or the last part of a local path: the rest of it is nobody's business."""
+        return public_name(self.name)
+
+    @property
+    def lasting_name(self) -> str:
+        """The Hub id, or the whole of a local path: what a later `verify` opens from another folder."""
+        return self.name if self.commit else str(Path(self.name).expanduser().absolute())
+
+
 @dataclass
-class Source:
+class Source(Origin):
     """A checkpoint on disk: where it came from, its config, its tensors by their names on disk."""
 
     name: str
@@ -39,16 +56,6 @@ class Source:
     format: str = "safetensors"
     gguf_file: str | None = None
     staging: tempfile.TemporaryDirectory | None = field(default=None, repr=False)
-
-    @property
-    def public_name(self) -> str:
-        """The Hub id, or the last part of a local path: the rest of it is nobody's business."""
-        return public_name(self.name)
-
-    @property
-    def lasting_name(self) -> str:
-        """The Hub id, or the whole of a local path: what a later `verify` opens from another folder."""
-        return lasting_name(self.name, self.commit)
 
     @property
     def loadable(self) -> Path:
@@ -92,11 +99,6 @@ class Source:
         """Remove what was staged for reading."""
         if self.staging is not None:
             self.staging.cleanup()
-
-
-def lasting_name(name: str, commit: str | None) -> str:
-    """Return a Hub id as it is, and the whole of a local path."""
-    return name if commit else str(Path(name).expanduser().absolute())
 
 
 def public_name(name: str) -> str:

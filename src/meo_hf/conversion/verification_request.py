@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,32 +89,31 @@ def _block_request(
         "gated": block.gated,
         "stacks": stacks,
         "dtypes": {n: _torch_name(written[disk]) for n, disk in stacks.items()},
-        "factors": _factors(block, module, own),
+        "factors": _factors(block, own),
         "origins": [_dense_parts(block, module.experts.first, origin) for origin in origins],
         "transposed": isinstance(block.projection(block.down), Conv1D),
         "parameters": names,
     }
 
 
-def _factors(block: Block, module: MeoFeedForward, names: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+def _factors(block: Block, names: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
     """Say for each stack which rows of its shared weight get which factors."""
     found: dict[str, list[dict[str, Any]]] = {}
-    start = 0
-    for name, path in block.paths.items():
-        stack = "down_proj" if name == "down_proj" else module.experts.first
-        start = 0 if name == "down_proj" else start
-        width = _rows(block, path)
+    for name, _, stack, rows in _places(block):
         key = f"low_rank.{bank_key(name)}"
         if f"{key}.A" in names:
-            rows = [start, start + width]
             found.setdefault(stack, []).append({"rows": rows, "A": names[f"{key}.A"], "B": names[f"{key}.B"]})
-        start += width
     return found
 
 
-def _rows(block: Block, path: str) -> int:
-    """Return the number of outputs of a projection."""
-    return oriented(block.projection(path)).shape[0]
+def _places(block: Block) -> Iterator[tuple[str, str, str, list[int]]]:
+    """Yield each linear map's name, its path, its stack, and the rows that it has in there."""
+    end = 0
+    for name, path in block.paths.items():
+        stack = "down_proj" if name == "down_proj" else "gate_up_proj" if block.gated else "up_proj"
+        start = 0 if name == "down_proj" else end
+        end = start + oriented(block.projection(path)).shape[0]
+        yield name, path, stack, [start, end]
 
 
 def _torch_name(ref: TensorRef) -> str:
@@ -184,13 +184,8 @@ def _factorised_sources(
     """For each expert of low rank, where its dense weights stand in the output."""
     experts: list[dict[str, dict[str, Any]]] = [{} for _ in range(plan.settings["num_experts"])]
     for block in blocks:
-        first, start = "gate_up_proj" if block.gated else "up_proj", 0
-        for name, path in block.paths.items():
-            stack = "down_proj" if name == "down_proj" else first
-            start = 0 if name == "down_proj" else start
-            rows = [start, start + _rows(block, path)]
+        for name, path, stack, rows in _places(block):
             transposed = isinstance(block.projection(path), Conv1D)
-            start = rows[1]
             for leaf, suffix in (("weight", ""), ("bias", "_bias")):
                 disk = to_disk.get(f"{block.slot}.experts.{stack}{suffix}")
                 if disk is None:
