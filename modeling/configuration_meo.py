@@ -15,6 +15,7 @@ from .families_meo import family_of
 from .levels_meo import POOLINGS
 from .moe_families_meo import MoeFamily
 from .moe_settings_meo import MOE_KEYS, num_experts_of, set_top_k, top_k_of
+from .parts_meo import check_parts
 from .remote_meo import auto_map, write_code_files
 
 SCHEMA_VERSION = 1
@@ -22,7 +23,10 @@ GATE_SCOPES = ("ffn", "projection")
 COMBINES = ("weights", "outputs")
 ROUTERS = ("noisy_top_k", "top_k")
 ROUTINGS = ("segment", "prompt")
-FORMATS = ("full", "lowrank")
+FORMATS = ("full", "lowrank", "parts")
+STORED = ("expert_format", "expert_ranks", "expert_parts", "expert_counts", "expert_maps")  # how weights are
+SKIPS = ("ratio", "cumulative")
+MERGING = ("pooling", "routing", "segment_length", "combine", "merged_cache_bytes")  # how experts merge, not which
 
 
 @dataclass
@@ -42,6 +46,13 @@ class MeoSettings:
     expert is W_0 + B_i A_i: `expert_ranks` gives, by the ending of a linear map's path, the rank of its B_i A_i; the
     longest ending counts, a map that none fits has none, and a feed-forward without any stays dense. At level `task`
     it may name maps outside of feed-forwards too.
+    In a mixture of experts at level `unmerged` each token runs its own experts. By the paths of its blocks,
+    `expert_counts` gives the number of experts where it is not the config's, and `expert_maps` the expert that runs for
+    each one that the router knows. `skip` holds a `rule` by which selected experts do not run, `ratio` or `cumulative`,
+    and its `threshold`, one number or one per block. With `expert_format` `parts` an expert is W_0 + B_e A_e + S_e:
+    `expert_parts` gives, by the ending of a linear map's path, whether there is a W_0 (`shared`), and for each expert,
+    or one number for all, the rank of B_e A_e (`ranks`) and how many columns S_e has (`columns`); maps that none fits
+    stay whole.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -65,6 +76,10 @@ class MeoSettings:
     weights: dict[str, Any] | None = None
     expert_format: str = "full"
     expert_ranks: dict[str, int] | None = None
+    expert_parts: dict[str, Any] | None = None
+    expert_counts: dict[str, int] | None = None
+    expert_maps: dict[str, list[int]] | None = None
+    skip: dict[str, Any] | None = None
     meo_hf_version: str | None = None
 
     @classmethod
@@ -89,11 +104,14 @@ class MeoSettings:
         _one_of("gate_scope", self.gate_scope, GATE_SCOPES)
         _one_of("combine", self.combine, COMBINES)
         _one_of("router", self.router, ROUTERS)
-        _one_of("level", self.level, (None, "segment", "sequence", "token", "task"))
+        _one_of("level", self.level, (None, "segment", "sequence", "token", "task", "unmerged"))
         _one_of("routing", self.routing, (None, *ROUTINGS))
         _one_of("pooling", self.pooling, (None, *POOLINGS))
         _one_of("expert_format", self.expert_format, FORMATS)
         self._validate_ranks()
+        self._validate_fewer()
+        if self.level == "unmerged":
+            self._validate_unmerged()
         _at_least("num_experts", self.num_experts, 1)
         _at_least("top_k", self.top_k, 1)
         if self.top_k > self.num_experts:
@@ -118,9 +136,14 @@ class MeoSettings:
 
     def _validate_ranks(self) -> None:
         ranks = self.expert_ranks
-        if self.expert_format == "full":
-            if ranks is not None:
-                raise MeoConfigError("expert_ranks has no effect with expert_format 'full': leave it out")
+        for name, needs in (("expert_ranks", "lowrank"), ("expert_parts", "parts")):
+            if getattr(self, name) is not None and self.expert_format != needs:
+                raise MeoConfigError(f"{name} has no effect with expert_format {self.expert_format!r}: leave it out")
+        if self.expert_format == "parts":
+            check_parts(self.expert_parts)
+            if self.level != "unmerged":
+                raise MeoConfigError("experts of expert_format 'parts' run one by one: take level 'unmerged'")
+        if self.expert_format != "lowrank":
             return
         if not isinstance(ranks, dict) or not ranks or not all(isinstance(name, str) and name for name in ranks):
             raise MeoConfigError(
@@ -129,10 +152,60 @@ class MeoSettings:
         for name, rank in ranks.items():
             _at_least(f"expert_ranks[{name!r}]", rank, 1)
 
+    def _validate_fewer(self) -> None:
+        for name in ("expert_counts", "expert_maps", "skip"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, dict) or not value):
+                raise MeoConfigError(f"{name} is {value!r}; give an object, or leave it out")
+        if self.level != "unmerged" and (self.skip or self.expert_maps):
+            name = "skip" if self.skip else "expert_maps"
+            raise MeoConfigError(f"{name} has no effect at level {self.level!r}, only at 'unmerged': leave it out")
+        for path, count in (self.expert_counts or {}).items():
+            _at_least(f"expert_counts[{path!r}]", count, 1)
+        for path, known in (self.expert_maps or {}).items():
+            if not isinstance(known, (list, tuple)) or not known or not all(type(i) is int and i >= 0 for i in known):
+                raise MeoConfigError(f"expert_maps[{path!r}] is {known!r}; give an expert's number for each old one")
+        if self.skip:
+            if set(self.skip) != {"rule", "threshold"}:
+                raise MeoConfigError(f"skip is {self.skip!r}; give a rule and a threshold")
+            _one_of("skip's rule", self.skip["rule"], SKIPS)
+            limit = self.skip["threshold"]
+            for each in limit.values() if isinstance(limit, dict) else [limit]:
+                if isinstance(each, bool) or not isinstance(each, (int, float)) or not 0 <= each <= 1:
+                    raise MeoConfigError(f"skip's threshold is {each!r}; give a number from 0 to 1")
+
+    def _validate_unmerged(self) -> None:
+        """Raise MeoConfigError for what only says how experts merge."""
+        idle = [name for name in MERGING if getattr(self, name) != getattr(MeoSettings, name)]
+        if idle:
+            raise MeoConfigError(f"{idle[0]} has no effect at level 'unmerged', where nothing is merged: leave it out")
+        if self.expert_format == "lowrank":
+            raise MeoConfigError(
+                "experts of expert_format 'lowrank' only run merged: take another level than 'unmerged', or 'full'"
+            )
+
+    def count_of(self, path: str) -> int:
+        """Return the number of experts of a block."""
+        return (self.expert_counts or {}).get(path, self.num_experts)
+
+    @property
+    def pools(self) -> bool:
+        """Whether gates read what several tokens of a text have in common."""
+        return self.level not in ("task", "unmerged")
+
+    def skip_of(self, path: str) -> tuple[str, float] | None:
+        """Return the rule by which a block's experts are skipped and its threshold, None where they are not."""
+        limit = (self.skip or {}).get("threshold")
+        limit = limit.get(path) if isinstance(limit, dict) else limit
+        return None if self.skip is None or limit is None else (self.skip["rule"], limit)
+
     def rank_of(self, path: str) -> int:
         """Return the rank of the experts' parts of a linear map, 0 where it has none."""
-        found = [name for name in self.expert_ranks or () if f".{path}".endswith(f".{name}")]
-        return (self.expert_ranks or {})[max(found, key=len)] if found else 0
+        return _by_ending(self.expert_ranks or {}, path) or 0
+
+    def parts_of(self, path: str) -> dict[str, Any] | None:
+        """Return what `expert_parts` says of a linear map, None where its experts are whole."""
+        return _by_ending(self.expert_parts or {}, path)
 
     def _validate_descriptions(self) -> None:
         texts = self.task_descriptions
@@ -148,9 +221,18 @@ class MeoSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the block as plain JSON values; some only where they say something."""
-        rare = ("pooling", "weights", "task_descriptions", "expert_ranks")
+        rare = (
+            "pooling", "weights", "task_descriptions", "expert_ranks", "expert_parts", "expert_counts", "expert_maps",
+            "skip",
+        )  # fmt: skip
         kept = {k: v for k, v in asdict(self).items() if v is not None or k not in rare}
         return kept if self.expert_format != "full" else {k: v for k, v in kept.items() if k != "expert_format"}
+
+
+def _by_ending(known: dict[str, Any], path: str) -> Any:
+    """Return what is known by the longest ending of a path, None if none fits."""
+    found = [name for name in known if f".{path}".endswith(f".{name}")]
+    return known[max(found, key=len)] if found else None
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -181,13 +263,14 @@ def settings_of(config: PreTrainedConfig) -> MeoSettings:
     if isinstance(family, MoeFamily):
         if family.refused is not None:
             raise MeoConfigError(f"{_name(config)} is refused: {family.refused}")
-        settings.pooling = settings.pooling or family.poolings[0]
-        if settings.pooling not in family.poolings:
+        if settings.level != "unmerged":
+            settings.pooling = settings.pooling or family.poolings[0]
+        if settings.pooling not in (None, *family.poolings):
             allowed = ", ".join(family.poolings)
             raise MeoConfigError(
                 f"pooling {settings.pooling!r} is not possible for {_name(config)}; allowed: {allowed}"
             )
-    if settings.routing is not None and (settings.level == "task" or not is_causal(config)):
+    if settings.routing is not None and not (settings.pools and is_causal(config)):
         raise MeoConfigError(
             f"routing is {settings.routing!r}, which has no effect at level {settings.level!r} of "
             f"{_name(config)}: leave it out"
@@ -261,10 +344,12 @@ class MeoConfigMixin:
         """Build the config; a `meo` keyword overrides single keys of the stored block."""
         if overrides := kwargs.pop("meo", None):
             stored = config_dict.get("meo") or {}
-            fixed = ("expert_format", "expert_ranks", *(["layers"] if stored.get("expert_ranks") else []))
+            fixed = (*STORED, *(["layers"] if stored.get("expert_ranks") or stored.get("expert_parts") else []))
             if wrong := [key for key in fixed if key in overrides and stored and overrides[key] != stored.get(key)]:
                 raise MeoConfigError(f"{wrong[0]} says how the weights are stored: it cannot be overridden on loading")
-            config_dict = {**config_dict, "meo": {**(config_dict.get("meo") or {}), **overrides}}
+            if overrides.get("level") == "unmerged":
+                stored = {key: value for key, value in stored.items() if key not in MERGING}
+            config_dict = {**config_dict, "meo": {**stored, **overrides}}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

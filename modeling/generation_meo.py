@@ -39,7 +39,7 @@ class PromptedGeneration:
 
     @property
     def _gates_read_text(self) -> bool:
-        return self._meo_context.settings.level != "task"
+        return self._meo_context.settings.pools
 
     def _reopen_prompt(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Take a cached answer back, so that this call's longer prompt is gated as it would be without a cache."""

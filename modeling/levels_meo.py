@@ -12,8 +12,8 @@ LEVELS: dict[Kind, tuple[str, ...]] = {
     "decoder": ("segment", "sequence", "token", "task"),
 }
 MOE_LEVELS: dict[Kind, tuple[str, ...]] = {
-    "encoder": ("sequence",),
-    "encoder-decoder": ("sequence",),
-    "decoder": ("segment", "sequence"),
+    "encoder": ("sequence", "unmerged"),
+    "encoder-decoder": ("sequence", "unmerged"),
+    "decoder": ("segment", "sequence", "unmerged"),
 }
 POOLINGS = ("hidden", "probs")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from .errors_meo import MeoConfigError
 from .routing_meo import RoutingContext
 
 # `super()` of a property cannot be compiled
@@ -45,6 +46,19 @@ class LossMixin:
     @loss_function.setter
     def loss_function(self, value: Callable[..., Any]) -> None:
         self._loss_function = value
+
+    def _check_balance(self, output_router_logits: bool | None) -> None:
+        """Raise MeoConfigError where a family's balance loss would count experts that some blocks do not have."""
+        settings = self._meo_context.settings
+        counts, maps = settings.expert_counts or {}, settings.expert_maps or {}
+        uneven = [path for path, count in counts.items() if count != settings.num_experts and path not in maps]
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
+        if uneven and output_router_logits:
+            raise MeoConfigError(
+                f"the balance loss of this family, which output_router_logits asks for, needs {settings.num_experts} "
+                f"experts in each block; {uneven[0]} has {counts[uneven[0]]}: leave output_router_logits out"
+            )
 
     def _finish_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
         """Make a loss this batch's share, and add the balance loss; without one, hand that over as `aux_loss`."""

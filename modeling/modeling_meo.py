@@ -25,15 +25,17 @@ from .errors_meo import MeoConfigError
 from .families_meo import family_of, has_row
 from .feedforward_meo import Absorbed, MeoFeedForward, merged_feed_forwards, replace_blocks
 from .generation_meo import PromptedGeneration, prepared_inputs
+from .implementation_meo import ImplementationMixin
 from .loss_meo import LossMixin
 from .low_rank_meo import Factors
 from .moe_adapters_meo import SparseBlock, stacking_conversions
 from .moe_families_meo import MoeFamily
 from .moe_layouts_meo import replace_moe
 from .moe_meo import merged_moe
-from .parallel_meo import check_gates, check_parallel, check_ranks, plan_experts
+from .parallel_meo import check_gates, check_merging, check_parallel, check_ranks, plan_experts
+from .parts_meo import Parts
 from .peft_meo import share_adapter_names, tell_untouched
-from .planning_meo import PlannedModel, check_plan, plan_model
+from .planning_meo import PlannedModel, check_merges, check_plan, plan_model
 from .quantised_meo import tell_unquantised
 from .reference_meo import break_links, load_options, own_options, source_of
 from .restoring_meo import RestoringMixin
@@ -41,7 +43,7 @@ from .routing_meo import ROUTING_ARGUMENTS, RoutingContext, close_call, install_
 from .task_linear_meo import TaskLinear, check_task_linears, give_tasks_parts
 
 
-class MeoModelMixin(LossMixin, RestoringMixin):
+class MeoModelMixin(LossMixin, RestoringMixin, ImplementationMixin):
     """What a MEO model adds to its Transformers class."""
 
     config: Any
@@ -87,7 +89,9 @@ class MeoModelMixin(LossMixin, RestoringMixin):
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
         """Distribute as Transformers does; raises MeoConfigError for gates that read what would be split."""
         check_gates(distributed_config, mesh, [block for _, block in merged_feed_forwards(model)])
-        check_ranks(distributed_config, mesh, settings_of(model.config).expert_format)
+        settings = settings_of(model.config)
+        check_ranks(distributed_config, mesh, settings.expert_format)
+        check_merging(distributed_config, mesh, settings.level)
         return super().maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
 
     @classmethod
@@ -137,7 +141,7 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, (MeoFeedForward, SparseBlock)):
                 module.initialize(self._init_weights)  # type: ignore[attr-defined]
-            elif isinstance(module, Factors):
+            elif isinstance(module, (Factors, Parts)):
                 module.initialize()
 
     @classmethod
@@ -197,6 +201,8 @@ class MeoModelMixin(LossMixin, RestoringMixin):
     def set_meo_plan(self, plan: str | None) -> None:
         """Compute all merged experts by one plan, in this process; None goes back to choosing by shapes."""
         check_plan(plan)
+        if plan is not None:
+            check_merges(self._meo_context.settings.level)
         self._meo_context.plan = plan
 
     def route_cache(self, cache: Any) -> None:
@@ -205,7 +211,7 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         Only a compiled prefill needs it beforehand; `generate` and eager calls do it themselves.
         """
         own = decoder_cache(cache)
-        if own is not None and self._meo_context.settings.level != "task":
+        if own is not None and self._meo_context.settings.pools:
             route_cache(own, self.config.get_text_config(decoder=True).num_hidden_layers)
 
     def expect_prefix(self, positions: int) -> None:
@@ -225,7 +231,7 @@ class MeoModelMixin(LossMixin, RestoringMixin):
         """Keep each layer's routing call for its recomputation in backward."""
         options = getattr(gradient_checkpointing_func, "keywords", {})
         settings = settings_of(self.config)
-        partner = family_of(self.config.model_type).kind == "encoder-decoder" and settings.level != "task"
+        partner = family_of(self.config.model_type).kind == "encoder-decoder" and settings.pools
         if enable and options.get("use_reentrant") and partner:
             raise MeoConfigError(
                 "reentrant gradient checkpointing drops the gradient from the decoder's gates to the encoder: pass "
@@ -289,12 +295,16 @@ def _routed_forward(base_forward: Callable[..., Any], family: Any) -> Callable[.
     causal = family.kind != "encoder-decoder" and "past_key_values" in names
     taken = {name: kind for name, kind in ROUTING_ARGUMENTS.items() if causal or name in ("task_ids", "routing_mask")}
 
+    balances = "load_balancing_loss_func" in inspect.unwrap(base_forward).__code__.co_names
+
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         context = self._meo_context
         open_call(context, self, names, args, kwargs)
         outputs = None
         try:
+            if balances:
+                self._check_balance(kwargs.get("output_router_logits"))
             outputs = base_forward(self, *args, **{k: v for k, v in kwargs.items() if k not in taken})
             return self._finish_loss(outputs, {**dict(zip(names, args, strict=False)), **kwargs})
         finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
@@ -41,12 +42,17 @@ class DbrxGLU(MergedExpertsMixin):
     ffn_hidden_size: Any
     hidden_size: Any
     activation_fn: Any
+    runs_alone = False
 
     maps = ("gate_proj", "up_proj", "down_proj")
 
+    def held_in(self, name: str) -> str:
+        """Return the name of the parameter that holds a linear map."""
+        return {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}[name]
+
     def stack(self, name: str) -> tuple[Tensor, None]:
         """Return weights [E, O, I]."""
-        weight = getattr(self, {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}[name])
+        weight = getattr(self, self.held_in(name))
         stacked = weight.view(-1, self.ffn_hidden_size, self.hidden_size)
         return stacked.transpose(1, 2) if name == "down_proj" else stacked, None
 
@@ -83,6 +89,7 @@ class Llama4Experts(MergedExpertsMixin):
     """Llama 4 weights an expert's input, not its output: y = f(s * x; W)."""
 
     is_transposed = True
+    runs_alone = False
 
     def _weigh(self, x: Tensor, y: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
         return y((x * scale).to(x.dtype))
@@ -134,14 +141,14 @@ class JetMoeLinear(Merger):
         """Return what adapters make of the weights."""
         return adapted.get("weight")
 
-    def forward(
-        self,
-        call: Call,
-        groups: Groups,
-        gates: Gates,
-        x: Tensor | None,
-        *,
-        adapted: Mapping[str, Adapted] | None = None,
+    def forward(self, *args: Any, adapted: Mapping[str, Adapted] | None = None) -> Tensor | None:
+        """Map tokens by the experts that their groups merge; at level `unmerged` sorted ones, as the family does."""
+        if self._context.settings.level == "unmerged":
+            return super().forward(*args)  # type: ignore[misc, no-any-return]
+        return self._merged(*args, adapted=adapted)
+
+    def _merged(
+        self, call: Call, groups: Groups, gates: Gates, x: Tensor | None, *, adapted: Mapping[str, Adapted] | None
     ) -> Tensor | None:
         """Map tokens [N, W, I] -> [N, W, O]; without tokens only merge."""
         name = self._meo.path
@@ -157,8 +164,23 @@ class JetMoeBlock(HostsExperts, MergedExpertsMixin):
     activation: Any
     input_linear: Any
     output_linear: Any
+    runs_alone = False
 
     maps = ()  # they are its linear modules'
+
+    def count(self) -> int:
+        """Return the number of experts."""
+        return len(self.input_linear.weight)
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """Run tokens [P, D] through one expert."""
+        gate, up = F.linear(x, self.input_linear.weight[number]).chunk(2, dim=-1)
+        return F.linear(self.activation(gate) * up, self.output_linear.weight[number])
+
+    def run_sorted(self, x: Tensor, sizes: list[int], weights: Tensor) -> Tensor:
+        """Run sorted tokens [P, D] through its linear modules, which an adapter may wrap."""
+        gate, up = self.input_linear(x, sizes).chunk(2, dim=-1)
+        return self.output_linear(self.activation(gate) * up, sizes) * weights
 
     def _mark(self, adapted: Mapping[str, Adapted], router: Any) -> Mark:
         found = {f"{name}.{path}": each for name in ("input_linear", "output_linear")
@@ -186,11 +208,15 @@ class JetMoeBlock(HostsExperts, MergedExpertsMixin):
 
 
 class Top1Routing(GroupRouter):
-    """Switch Transformers' router; a group is never over an expert's capacity, so none of its tokens is dropped."""
+    """Switch Transformers' router; a group is never over an expert's capacity, so none of its tokens is dropped.
+
+    Where nothing is merged, those of a row that come when an expert is full are dropped, as the family does.
+    """
 
     dtype: Any
     classifier: Any
     jitter_noise: float
+    expert_capacity: int
 
     places = (2, 1, 0)
 
@@ -202,6 +228,9 @@ class Top1Routing(GroupRouter):
         self.classifier = self.classifier.to(self.dtype)
         logits = self.classifier(x)
         weights, index = logits.flatten(0, -2).softmax(-1, dtype=self.dtype).max(-1, keepdim=True)
+        if self._context.settings.level == "unmerged":
+            taken = F.one_hot(index.view(logits.shape[:-1]), logits.shape[-1]).cumsum(-2).flatten(0, -2)
+            weights = weights.masked_fill(taken.gather(-1, index) > self.expert_capacity, 0)
         return logits, weights.to(hidden_states.dtype), index
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -232,6 +261,8 @@ class Top2Routing(GroupRouter):
 class StackedExperts(MergedExpertsMixin, nn.Module):
     """Experts that were modules of their own, stacked: `up_proj` [E, F, D], `down_proj` [E, D, F] and biases."""
 
+    runs_alone = False
+
     def __init__(self, experts: Any) -> None:
         super().__init__()
         each = _experts_of(experts)
@@ -256,11 +287,12 @@ class StackedExperts(MergedExpertsMixin, nn.Module):
 class SparseBlock(HostsExperts, nn.Module):
     """The block around stacked experts."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, like: Any = None) -> None:
+        """Take over a block; `like` is one that the family initialises, if it has another number of experts."""
         super().__init__()
         self.router = block.router
         self.experts = StackedExperts(block.experts)
-        self._twin = (copy.deepcopy(block).to("meta"),)  # a tuple, so that the twin is no submodule
+        self._twin = (copy.deepcopy(like or block).to("meta"),)  # a tuple, so that the twin is no submodule
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Run tokens [B, S, D]."""
@@ -270,12 +302,13 @@ class SparseBlock(HostsExperts, nn.Module):
     @torch.no_grad()
     def initialize(self, init_weights: Callable[[nn.Module], None]) -> None:
         """Initialise what no checkpoint filled as the family's own block does."""
-        twin = copy.deepcopy(self._twin[0]).to_empty(device=self.experts.down_proj.device)
+        twin = copy.deepcopy(self._twin[0]).to_empty(device=next(self.experts.parameters()).device)
         twin.apply(init_weights)
+        own = dict(self.named_parameters())
         for name, value in stacked_state(twin).items():
-            parameter = self.get_parameter(name)
-            if not getattr(parameter, "_is_hf_initialized", False):
-                init.copy_(parameter, value[: len(parameter)])  # of low-rank experts one holds what all share
+            parameter = own.get(name)  # None where experts are kept as parts and share no weight
+            if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
+                init.copy_(parameter, value[: len(parameter)])  # there may be fewer; of low-rank experts one is shared
 
 
 def _experts_of(experts: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .blocks_meo import cache_layer
 from .configuration_meo import MeoSettings
 from .errors_meo import MeoConfigError
+from .fewer_meo import check_fewer, resize_blocks
 from .moe_adapters_meo import (
     DbrxBlock,
     DbrxGLU,
@@ -27,6 +28,7 @@ from .moe_adapters_meo import (
 )
 from .moe_families_meo import Layout, MoeFamily
 from .moe_meo import GroupRouter, MergedExpertsMixin, Site, merge_module, merging_class, place_module
+from .parts_meo import sizes_of
 from .routing_meo import RoutingContext
 from .wrapped_meo import HostsExperts
 
@@ -84,10 +86,14 @@ def is_block(module: Any, layout: Layout) -> bool:
 MERGE = {"stacked": _merge_stacked, "dbrx": _merge_dbrx, "llama4": _merge_llama4, "jetmoe": _merge_jetmoe}
 
 
+def expert_owners(block: Any) -> tuple[str, ...]:
+    """Return the names of a block's modules that hold its experts."""
+    return ("experts",) if hasattr(block, "experts") else ("input_linear", "output_linear")
+
+
 def expert_tensors(block: Any) -> list[Tensor]:
     """Return the weights of all experts of a block, without biases."""
-    owners = [block.experts] if hasattr(block, "experts") else [block.input_linear, block.output_linear]
-    named = (pair for owner in owners for pair in owner.named_parameters())
+    named = (pair for owner in expert_owners(block) for pair in getattr(block, owner).named_parameters())
     return [parameter for name, parameter in named if parameter.dim() > 1 and not name.endswith("bias")]
 
 
@@ -115,6 +121,10 @@ def replace_moe(model: nn.Module, family: MoeFamily, settings: MeoSettings, cont
     have = sorted({layer_number(path) for path, _ in blocks})
     if settings.layers is not None and (beyond := sorted(set(settings.layers) - set(have))):
         raise MeoConfigError(f"layers {beyond} have no experts; layers with experts: {have}")
+    own = [path for path, _ in blocks if settings.layers is None or layer_number(path) in settings.layers]
+    check_fewer(model.config, family, settings, dict(blocks), own)
+    stock = resize_blocks(model, family, settings)
+    blocks = [(path, model.get_submodule(path)) for path, _ in blocks]
     policy = getattr(model.config, "second_expert_policy", "all")
     if policy != "all":
         raise MeoConfigError(f"second_expert_policy {policy!r} draws experts at random in every call: set it to 'all'")
@@ -124,15 +134,17 @@ def replace_moe(model: nn.Module, family: MoeFamily, settings: MeoSettings, cont
                 f"the router of {family.model_type} only projects in Transformers {transformers.__version__}, which "
                 "builds its blocks in an older way: use a newer one"
             )
-        if settings.layers is not None and layer_number(path) not in settings.layers:
+        if path not in own:
             continue
         partner = family.kind == "encoder-decoder" and "decoder" in path.split(".")
         layer = cache_layer(model, path, layer_number(path))
         block = module if family.layout == "dbrx" else None
         site = Site(path, layer, partner, block)
-        _merge_block(model, module, family.layout, site, context, settings.combine)
+        _merge_block(model, module, family.layout, site, context, settings.combine, stock.get(path))
         if settings.expert_format == "lowrank":
             keep_low_rank(model.get_submodule(path), path, settings)
+        elif settings.expert_format == "parts":
+            keep_apart(model.get_submodule(path), path, settings)
 
 
 def keep_low_rank(block: Any, path: str, settings: MeoSettings) -> None:
@@ -140,11 +152,7 @@ def keep_low_rank(block: Any, path: str, settings: MeoSettings) -> None:
 
     Raises MeoConfigError for experts that are no one module.
     """
-    if not hasattr(block, "experts"):
-        raise MeoConfigError(f"expert_format 'lowrank' is not known for {type(block).__name__}: take 'full'")
-    named: Iterator[tuple[str, Any]] = block.named_modules()
-    module: Any
-    place, module = next((name, each) for name, each in named if isinstance(each, MergedExpertsMixin))
+    place, module = _experts_in(block, settings.expert_format)
     experts = module.count()
     ranks = {name: settings.rank_of(f"{path}.{place}.{name}") for name in module.maps}
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -154,15 +162,36 @@ def keep_low_rank(block: Any, path: str, settings: MeoSettings) -> None:
     module.keep_parts(ranks, experts)
 
 
+def keep_apart(block: Any, path: str, settings: MeoSettings) -> None:
+    """Let a block keep the parts of its experts that the settings name; its other linear maps stay whole.
+
+    Raises MeoConfigError for experts that are no one module, and for sizes of another number of experts.
+    """
+    place, module = _experts_in(block, settings.expert_format)
+    named = {name: settings.parts_of(f"{path}.{place}.{name}") for name in module.maps}
+    experts = module.count()
+    sizes = {name: sizes_of(one, experts, f"{path}.{place}.{name}") for name, one in named.items() if one is not None}
+    if sizes:
+        module.keep_apart(sizes)
+
+
+def _experts_in(block: Any, expert_format: str) -> tuple[str, Any]:
+    """Return place and module of a block's experts; raises MeoConfigError where they are no one module."""
+    if not hasattr(block, "experts"):
+        raise MeoConfigError(f"expert_format {expert_format!r} is not known for {type(block).__name__}: take 'full'")
+    named: Iterator[tuple[str, Any]] = block.named_modules()
+    return next((name, each) for name, each in named if isinstance(each, MergedExpertsMixin))
+
+
 def _merge_block(
-    model: nn.Module, module: Any, layout: Layout, site: Site, context: RoutingContext, combine: str
+    model: nn.Module, module: Any, layout: Layout, site: Site, context: RoutingContext, combine: str, like: Any
 ) -> None:
     def merge(part: nn.Module, mixin: type, name: str = "") -> None:
         own = site if not name else Site(name, site.layer, site.reads_encoder)
         merge_module(part, mixin, own, context, combine)
 
     if layout == "modules":
-        sparse = SparseBlock(module)
+        sparse = SparseBlock(module, like)
         model.set_submodule(site.path, sparse)
         merge(sparse.router, Top2Routing if hasattr(sparse.router, "second_expert_policy") else Top1Routing)
         place_module(sparse.experts, site, context, combine)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from .errors_meo import RoutingError
 from .groups_meo import Groups
 from .low_rank_meo import Adapted, Mark, mark_of
-from .merger_meo import Linear, Merger, gated_at_once
+from .merger_meo import Linear, Merger, bank_key, gated_at_once
+from .parts_meo import Parts, PartSizes
 from .router_meo import Gates
 from .routing_meo import Call, RoutingContext
+from .unmerged_meo import chosen, expert_linear, run_pairs, run_sorted
 
 
 @dataclass
@@ -64,7 +67,12 @@ class GroupRouter:
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Route tokens [T, D] or [B, S, D]; gates come per group [N, K], all else per token."""
+        """Route tokens [T, D] or [B, S, D]; gates come per group [N, K], all else per token.
+
+        Where nothing is merged, gates come per token too.
+        """
+        if self._context.settings.level == "unmerged":
+            return self._in_order(*self._sorted(self.route(hidden_states, *args, **kwargs)))
         call = self._context.call()
         settings = self._context.settings
         groups = call.groups(settings.level or "", self._meo.layer)
@@ -88,8 +96,12 @@ class GroupRouter:
             _, (_, *answered) = self._sorted(choose(routed.answer.read("hidden", hidden_states)))
             routed.answer_gates = (answered[0], answered[1])
         call.routed[self._meo.path] = routed
-        outputs = dict(zip(places, (logits, weights, index), strict=True))
-        return (*(outputs.get(place) for place in range(max(places) + 1)), *rest)
+        return self._in_order(places, (logits, weights, index, *rest))
+
+    def _in_order(self, places: tuple[int, int, int], found: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return logits, weights, indices and what else there is where a router's outputs belong."""
+        outputs = dict(zip(places, found[:3], strict=True))
+        return (*(outputs.get(place) for place in range(max(places) + 1)), *found[3:])
 
     def _sorted(self, outputs: tuple[Any, ...]) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
         """Return where a router's outputs belong, and logits, weights, indices and what else it returned.
@@ -142,6 +154,9 @@ class MergedExpertsMixin(Merger):
     zero_expert_num: int = 0
     training: bool
     tally: Any = None  # counts what is selected, where somebody watches the training
+    _stands_for: Tensor | None = None
+    part_sizes: Mapping[str, PartSizes] = MappingProxyType({})  # of linear maps that are kept as parts
+    runs_alone: ClassVar[bool] = True  # whether the family's own forward takes tokens, indices and weights
 
     def forward(
         self,
@@ -151,7 +166,13 @@ class MergedExpertsMixin(Merger):
         *,
         adapted: Mapping[str, Adapted] | None = None,
     ) -> Tensor:
-        """Run tokens [T, D] or [B, S, D] through the experts that their groups' gates [N, K] merge."""
+        """Run tokens [T, D] or [B, S, D] through the experts that their groups' gates [N, K] merge.
+
+        Where nothing is merged, gates [T, K] are each token's own.
+        """
+        if self._context.settings.level == "unmerged":
+            stock = super().forward if self.runs_alone and not self.part_sizes else None  # type: ignore[misc]
+            return self._run_each(stock, hidden_states, top_k_index, top_k_weights)
         call = self._context.call()
         routed: Routed = call.routed.pop(self._meo.path)
         x = routed.groups.split(call.grouped(hidden_states))  # [N, W, D]
@@ -176,6 +197,45 @@ class MergedExpertsMixin(Merger):
         """Return what experts are merged with: copies of a router or of experts that adapters train are others."""
         values = [*self.parameters(), *router.parameters()] if adapted else ()  # type: ignore[attr-defined]
         return mark_of(adapted, (id(self), id(router)), values)
+
+    @property
+    def skips(self) -> tuple[str, float] | None:
+        """The rule by which selected experts are skipped, and its threshold here."""
+        return self._context.settings.skip_of(self._meo.path)
+
+    def stands_for(self, device: torch.device) -> Tensor | None:
+        """Return the expert that runs in the place of each that the router knows, None where all do themselves."""
+        known = (self._context.settings.expert_maps or {}).get(self._meo.path)
+        if known is None or (self._stands_for is not None and self._stands_for.device == device):
+            return self._stands_for
+        count = self.count()
+        self._stands_for = torch.tensor([*known, *range(count, count + self.zero_expert_num)], device=device)
+        return self._stands_for
+
+    def _run_each(
+        self, stock: Callable[..., Tensor] | None, hidden_states: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Run tokens [T, D] or [B, S, D] through the experts that they selected [T, K], but for those skipped."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        index, weights = index.reshape(len(x), -1), weights.reshape(len(x), -1)
+        index, weights, runs = chosen(index, weights, self.stands_for(index.device), self.skips)
+        if self.training and self.tally is not None:
+            gates, _, _ = self._normalise(index, weights if runs is None else weights * runs)
+            mask = getattr(self._context.current, "mask", None)
+            real = mask.reshape(-1) != 0 if isinstance(mask, Tensor) and mask.numel() == len(x) else None
+            self.tally.add(gates, real, None)
+        if runs is not None and not hasattr(self, "_apply_gate"):  # LongCat's own forward wants two experts per token
+            stock = None
+        return run_pairs(self, stock, x, index, weights, runs).reshape(hidden_states.shape)
+
+    def run_sorted(self, x: Tensor, sizes: list[int], weights: Tensor) -> Tensor:
+        """Run tokens [P, D] that are sorted by their experts, `sizes` of each, with their gates [P, 1]."""
+        return run_sorted(self, x, sizes, weights)
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """Run tokens [P, D] through one expert."""
+        y = self._compute({name: expert_linear(self, name, number) for name in self.maps}, x)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     @property
     def maps(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -232,9 +292,39 @@ class MergedExpertsMixin(Merger):
         return self.act_fn(gate) * up
 
     def stack(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return weights [E, O, I], a view where the family stores them transposed, and biases [E, O]."""
-        weight, bias = getattr(self, name), getattr(self, f"{name}_bias", None)
+        """Return weights [E, O, I], a view where the family stores them transposed, and biases [E, O].
+
+        Of a map that is kept as parts there is one weight, W_0, which is without memory where experts share none.
+        """
+        weight, bias = getattr(self, self.held_in(name)), getattr(self, f"{name}_bias", None)
         return weight.transpose(1, 2) if self.is_transposed else weight, bias
+
+    def held_in(self, name: str) -> str:
+        """Return the name of the parameter that holds a linear map."""
+        return name
+
+    def count(self) -> int:
+        """Return the number of experts."""
+        sizes = self.part_sizes.get(self.maps[-1])
+        return super().count() if sizes is None else len(sizes.ranks)
+
+    def parts_of(self, name: str) -> Any:
+        """Return the parts that a linear map is kept as; an adapter may wrap them."""
+        return self.parts[bank_key(name)]
+
+    def keep_apart(self, sizes: Mapping[str, PartSizes]) -> None:
+        """Make room for parts of some linear maps in the place of whole experts."""
+        made = {}
+        for name, one in sizes.items():
+            view, held = self.stack(name)[0], self.held_in(name)
+            made[bank_key(name)] = Parts(one, view)
+            whole = self._parameters.pop(held)  # type: ignore[attr-defined]
+            kept = whole.detach()[: view.shape[1] * view.shape[2] // whole[0].numel()]  # some stacks have idle rows
+            if one.shared:
+                setattr(self, held, nn.Parameter(kept.clone()))
+            else:
+                setattr(self, held, torch.empty_like(kept, device="meta"))
+        self.parts, self.part_sizes = nn.ModuleDict(made), dict(sizes)
 
 
 @functools.cache

@@ -11,14 +11,16 @@ from .moe_families_meo import MoeFamily
 
 MOE_KEYS = (
     "schema_version", "level", "pooling", "combine", "segment_length", "routing", "merged_cache_bytes", "layers",
-    "source", "weights", "expert_format", "expert_ranks", "meo_hf_version",
+    "source", "weights", "expert_format", "expert_ranks", "expert_parts", "expert_counts", "expert_maps", "skip",
+    "meo_hf_version",
 )  # fmt: skip
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _holder(config: PreTrainedConfig, path: str) -> tuple[Any, str]:
     """Return the sub-config that holds a key of the text config, and the key's last part."""
     *parents, name = path.split(".")
-    holder: Any = config.get_text_config(decoder=True)
+    holder: Any = config if config.is_encoder_decoder else config.get_text_config(decoder=True)  # which may be a copy
     for parent in parents:
         holder = getattr(holder, parent)
     return holder, name
@@ -35,9 +37,20 @@ def num_experts_of(config: PreTrainedConfig, family: MoeFamily) -> int:
     """Return how many experts each MoE block of a config has."""
     top_k = family.top_k
     holder, _ = _holder(config, top_k if isinstance(top_k, str) else "")
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    value = next((found for name in names if (found := getattr(holder, name, None))), 0)
+    value = next((found for name in _COUNTS if (found := getattr(holder, name, None))), 0)
     return max(value) if isinstance(value, (list, tuple)) else value
+
+
+def set_num_experts(config: PreTrainedConfig, family: MoeFamily, count: int) -> None:
+    """Set how many experts the MoE blocks of a config have; other numbers in a list, as of dense layers, stay."""
+    old, top_k = num_experts_of(config, family), family.top_k
+    holder, _ = _holder(config, top_k if isinstance(top_k, str) else "")
+    for name in _COUNTS:
+        value = getattr(holder, name, None)
+        if isinstance(value, (list, tuple)):
+            setattr(holder, name, [count if one == old else one for one in value])
+        elif value is not None:
+            setattr(holder, name, count)
 
 
 def set_top_k(config: PreTrainedConfig, family: MoeFamily, top_k: Any) -> None:

@@ -247,6 +247,12 @@ def check_ranks(config: Any, mesh: Any, expert_format: str) -> None:
         raise MeoConfigError(f"tensor parallel does not know the low-rank parts of experts (`expert_ranks`): {INSTEAD}")
 
 
+def check_merging(config: Any, mesh: Any, level: str | None) -> None:
+    """Raise MeoConfigError if tensor parallel would split experts that do not merge."""
+    if mesh is not None and config.tp_size != 1 and level == "unmerged":
+        raise MeoConfigError(f"tensor parallel splits merged experts, and at level 'unmerged' none are: {INSTEAD}")
+
+
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """Return what this process holds of a module's parameters."""
     return [getattr(p, "_local_tensor", p) for p in module.parameters()]

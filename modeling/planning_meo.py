@@ -66,12 +66,20 @@ def check_plan(plan: str | None) -> None:
         raise MeoConfigError(f"plan is {plan!r}; allowed: {', '.join(PLANS)}, or None to choose by shapes")
 
 
+def check_merges(level: str | None) -> None:
+    """Raise MeoConfigError for a level at which nothing is merged."""
+    if level == "unmerged":
+        raise MeoConfigError("at level 'unmerged' nothing is merged, so no plan has an effect: choose how experts run "
+                             "with `set_experts_implementation`")  # fmt: skip
+
+
 def plan_model(model: Any, batch: int, tokens: int, stage: str) -> PlannedModel:
     """Plan a forward pass without gradients over `batch` rows of `tokens` new tokens, or one step of decoding.
 
-    Raises MeoConfigError for an unknown stage, or one that the model does not have.
+    Raises MeoConfigError for an unknown stage, one that the model does not have, or a model that merges nothing.
     """
     settings = settings_of(model.config)
+    check_merges(settings.level)
     family = family_of(model.config.model_type)
     if stage not in STAGES or (stage == "decode" and family.kind == "encoder"):
         known = STAGES if family.kind != "encoder" else STAGES[:1]

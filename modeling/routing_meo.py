@@ -129,7 +129,7 @@ class RoutingContext:
     @property
     def reads_past(self) -> bool:
         """Whether gates read what came before in the same text."""
-        return self.causal and self.settings.level != "task"
+        return self.causal and self.settings.pools
 
     @property
     def routing(self) -> str:
@@ -234,7 +234,7 @@ def open_call(
     stack: Stack | None = getattr(owner, "_meo_stack", None)
     if stack is not None and context.settings.level == "task":
         call.task = fixed_task(context, call)
-    elif stack is not None and batched is not None:
+    elif stack is not None and batched is not None and context.settings.pools:
         _open_stack(context, call, stack, find, batched, owner)
     context.current = call
 

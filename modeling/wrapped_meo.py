@@ -22,7 +22,7 @@ class HostsExperts:
     """A block whose experts an adapter may wrap."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if is_wrapper(value) and isinstance(innermost(value), Merger) and not isinstance(value, Peeling):
+        if is_wrapper(value) and _merges(innermost(value)) and not isinstance(value, Peeling):
             value.__class__ = peeling_class(cast(Any, type(value)))
         super().__setattr__(name, value)
 
@@ -53,6 +53,10 @@ class Peeling(HostsExperts):
         if adapted is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return innermost(self)(*args, adapted=adapted, **kwargs)
+
+
+def _merges(module: Any) -> bool:
+    return isinstance(module, Merger) and module._context.settings.level != "unmerged"
 
 
 def is_wrapper(module: Any) -> bool:
