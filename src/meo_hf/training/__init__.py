@@ -6,15 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from meo_hf.training.gate_entropy import sharpen
+    from meo_hf.training.progressive import ProgressiveExperts
     from meo_hf.training.tasks import TaskCollator, mix
     from meo_hf.training.watching import watch
 
 _HOMES = {
+    "ProgressiveExperts": "meo_hf.training.progressive",
     "TaskCollator": "meo_hf.training.tasks",
     "mix": "meo_hf.training.tasks",
+    "sharpen": "meo_hf.training.gate_entropy",
     "watch": "meo_hf.training.watching",
 }
-__all__ = ["TaskCollator", "mix", "watch"]
+__all__ = ["ProgressiveExperts", "TaskCollator", "mix", "sharpen", "watch"]
 
 
 def __getattr__(name: str) -> Any:

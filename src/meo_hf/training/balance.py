@@ -34,13 +34,13 @@ def add_balance(trainer: Trainer, context: RoutingContext) -> None:
             return result
         loss: Any = result[0] if return_outputs else result
         balance = torch.stack([balance.to(loss.device) for balance in unadded]).mean()
-        loss = loss + _share(trainer, labels, num_items_in_batch) * balance
+        loss = loss + share_of_batch(trainer, labels, num_items_in_batch) * balance
         return (loss, *result[1:]) if return_outputs else loss
 
     trainer.compute_loss = with_balance  # type: ignore[method-assign]
 
 
-def _share(trainer: Trainer, labels: Any, items: Any) -> Any:
+def share_of_batch(trainer: Trainer, labels: Any, items: Any) -> Any:
     """Return this batch's share of the step, where the Trainer does not divide by accumulation steps itself."""
     counts = trainer.model_accepts_loss_kwargs and items is not None
     if not counts and trainer.compute_loss_func is None:

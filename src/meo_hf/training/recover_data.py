@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from meo_hf.errors import UsageError
-from meo_hf.texts import blocks, frame_of, read_text
+from meo_hf.texts import TABLES, blocks, frame_of, read_text, records
 from meo_hf.training.distillation import IGNORED
 from meo_hf.training.recover_settings import HELD_OUT
 
@@ -110,12 +107,10 @@ def _rows(paths: Sequence[str | Path], option: str, column: str, tokenizer: Any,
 
 def documents(path: str | Path, option: str, column: str) -> Iterator[str]:
     """Yield the texts of a file: of .json, .jsonl and .csv a column, any other file as a whole."""
-    suffix = Path(path).suffix.lower()
-    content = read_text(path, option)
-    if suffix not in (".json", ".jsonl", ".csv"):
-        yield content
+    if Path(path).suffix.lower() not in TABLES:
+        yield read_text(path, option)
         return
-    for number, row in enumerate(_records(content, suffix, f"{option} {path}"), 1):
+    for number, row in enumerate(records(path, option), 1):
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             have = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
@@ -124,27 +119,6 @@ def documents(path: str | Path, option: str, column: str) -> Iterator[str]:
                 "with --text-column"
             )
         yield text
-
-
-def _records(content: str, suffix: str, name: str) -> Iterator[Any]:
-    try:
-        if suffix == ".csv":
-            yield from _csv_records(content)
-        elif content.lstrip().startswith("["):
-            yield from json.loads(content)
-        else:
-            yield from (json.loads(line) for line in content.split("\n") if line.strip())
-    except (ValueError, csv.Error) as error:
-        raise UsageError(f"{name} cannot be read as {suffix[1:]} ({error}): repair it") from None
-
-
-def _csv_records(content: str) -> list[dict[str, Any]]:
-    """Read rows whose fields may be whole books; the limit of fields is the process's, so it is set back."""
-    limit = csv.field_size_limit(max(csv.field_size_limit(), len(content) + 1))
-    try:
-        return list(csv.DictReader(io.StringIO(content, newline="")))
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _described(path: str | Path) -> dict[str, Any]:

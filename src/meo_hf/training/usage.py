@@ -125,4 +125,4 @@ def _gated(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
             if isinstance(module, MeoRouter):
                 yield f"{path}.{name}".rstrip("."), (module, module.weight.shape[0])
     for path, experts in merged_moe(model):
-        yield path, (experts, experts._context.settings.num_experts)
+        yield path, (experts, experts._context.settings.count_of(experts._meo.path))
