@@ -211,7 +211,8 @@ def test_bad_models(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
         ((dense, meo), "is no mixture of experts (llama)"),
         ((encoder, meo), "is an encoder (openai_privacy_filter)"),
         ((bare, meo), "has no tokenizer that can be loaded"),
-        ((source, source), "is no MEO model (model type 'mixtral')"),
+        ((source, source), "is SOURCE itself: give what meo-hf convert or meo-hf reduce made of it"),
+        ((source, dense), "is no MEO model (model type 'llama'), nor of"),
         ((source, other), "is of type meo_olmoe"),
         ((source, tmp_path / "nowhere"), "does not exist"),
     ):

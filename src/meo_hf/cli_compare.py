@@ -1,4 +1,4 @@
-"""The command `meo-hf compare`: what a mixture of experts loses and gains as a MEO model."""
+"""The command `meo-hf compare`: what a mixture of experts loses and gains by what was made of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ TABLE_WIDTH = 120
 
 def compare_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Mixture of experts: Hub id or folder.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="MEO model of SOURCE: folder or Hub id.")],
+    outputs: Annotated[
+        list[str],
+        typer.Argument(metavar="OUT", help="Models of SOURCE, MEO or with fewer experts: folders or Hub ids."),
+    ],
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text that all variants read (UTF-8).")],
     also: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="Further model with SOURCE's tokenizer; repeat for more.")
@@ -34,7 +37,7 @@ def compare_command(
     plot: Annotated[Path | None, typer.Option(help="Also draw the result as a PNG.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own code.")] = False,
 ) -> None:
-    """Compare a mixture of experts with its MEO model on text."""
+    """Compare a mixture of experts with models made of it on text."""
     from meo_hf.benchmark.compare import compare
     from meo_hf.benchmark.compare_report import compare_table, layers_table, notes, write_results
     from meo_hf.benchmark.compare_variants import CompareSettings
@@ -55,20 +58,21 @@ def compare_command(
     check_outputs(json_file, plot)
     machine = Machine.look(settings.device)
     with _bar() as advance:
-        result = compare(source, output, text, settings, also or (), advance)
+        result = compare(source, outputs, text, settings, also or (), advance)
     name = public_name(source)
-    wide = Console(file=out.file, width=max(out.width, TABLE_WIDTH), highlight=False)  # numbers are never cut
-    for table in (compare_table(result, machine), layers_table(result)):
-        wide.print(table)
+    for table in (compare_table(result, machine), *map(layers_table, result.merging)):
+        needed = Console(width=10_000).measure(table).maximum
+        width = max(out.width, TABLE_WIDTH, needed)  # numbers are never cut
+        Console(file=out.file, width=width, highlight=False).print(table)
     for line in notes(result, machine, name):
         out.print(line, markup=False, soft_wrap=True)
     if json_file is not None:
-        names = {"source": source, "out": output, "text": str(text), "also": also or ()}
+        names = {"source": source, "outs": outputs, "text": str(text), "also": also or ()}
         write_results(result, machine, names, json_file)
     if plot is not None:
         from meo_hf.benchmark.compare_plot import plot_compare
 
-        plot_compare(result, f"{name} and its MEO model", plot)
+        plot_compare(result, f"{name} and {'its MEO model' if result.only_meo else 'what was made of it'}", plot)
     for path in filter(None, (json_file, plot)):
         out.print(f"wrote {escape(str(path))}", soft_wrap=True)
 

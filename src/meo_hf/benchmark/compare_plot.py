@@ -6,48 +6,58 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meo_hf.benchmark.compare import Comparison
+from meo_hf.benchmark.compare import Comparison, Row
 from meo_hf.benchmark.compare_report import layer_values, row_values
 
-_COLOURS = {"source": "0.3", "MEO": "#0072B2", "uniform average": "#56B4E9"}  # told apart with any colour vision
-_TOP_K, _ALSO = "#D55E00", "#009E73"
+_COLOURS = {  # told apart with any colour vision
+    "source": "0.3", "uniform average": "#56B4E9", "output": "#E69F00", "top-k": "#D55E00", "also": "#009E73",
+}  # fmt: skip
+_MEO = ("#0072B2", "#CC79A7", "0.6", "#004D40")
 
 
 def plot_compare(result: Comparison, title: str, path: str | Path) -> None:
-    """Draw perplexity against decoding time, one point per variant, and each block's error; needs matplotlib."""
+    """Draw perplexity against decoding time, one point per variant, and the error of each block that merges.
+
+    Needs matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install meo_hf[plot]") from error
 
     figure = Figure(figsize=(11, 1.5 + max(2.7, 0.25 * len(result.rows))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    if result.merging:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_layers(right, result)
+    else:
+        left = figure.subplots()
     _draw_variants(left, result)
-    _draw_layers(right, result)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150, format="png")
 
 
 def _draw_variants(axes: Any, result: Comparison) -> None:
-    points = sorted(((row.name, row_values(row)) for row in result.rows), key=lambda point: point[1]["perplexity"])
+    points = sorted(((row, row_values(row)) for row in result.rows), key=lambda point: point[1]["perplexity"])
     times = [values["decode_ratio"] for _, values in points]
     heights = [values["perplexity"] for _, values in points]
-    axes.scatter(times, heights, s=50, c=[_colour(name) for name, _ in points], zorder=3)
+    colours = [_colour(result, row) for row, _ in points]
+    axes.scatter(times, heights, s=50, c=colours, zorder=3)
     if heights[-1] > 3 * heights[0]:
         axes.set_yscale("log", subs=[2, 5])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(0.08, 0.08)
     places = axes.transAxes.inverted().transform(axes.transData.transform(list(zip(times, heights, strict=True))))
-    for (name, _), x, y, place in zip(points, times, heights, _apart(places[:, 1], 0.9 / len(points)), strict=True):
+    apart = _apart(places[:, 1], 0.9 / len(points))
+    for (row, _), x, y, place, colour in zip(points, times, heights, apart, colours, strict=True):
         axes.annotate(
-            f"{name}, {y:,.1f}",
+            f"{row.name}, {y:,.1f}",
             (x, y),
             (1.03, place),
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": _colour(name), "linewidth": 0.6, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )
     axes.set_xlabel("time per decoded token, relative to the source")
     axes.set_ylabel("perplexity")
@@ -55,8 +65,9 @@ def _draw_variants(axes: Any, result: Comparison) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colour(name: str) -> str:
-    return _COLOURS.get(name, _TOP_K if name.startswith("source") else _ALSO)
+def _colour(result: Comparison, row: Row) -> str:
+    names = [merging.name for merging in result.merging]
+    return _MEO[names.index(row.name) % len(_MEO)] if row.kind == "MEO" else _COLOURS[row.kind]
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
@@ -74,12 +85,18 @@ def _raised(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _draw_layers(axes: Any, result: Comparison) -> None:
-    layers = [layer_values(layer) for layer in result.layers]
-    axes.bar(range(len(layers)), [values["relative_rms_error"] for values in layers], color=_COLOURS["MEO"])
+    paths = sorted({layer.path for layer in result.layers}, key=_number)  # MEO models may merge other layers each
+    width = 0.8 / len(result.merging)
+    for at, merging in enumerate(result.merging):
+        places = [paths.index(layer.path) + (at - (len(result.merging) - 1) / 2) * width for layer in merging.layers]
+        errors = [layer_values(layer)["relative_rms_error"] for layer in merging.layers]
+        axes.bar(places, errors, width, color=_MEO[at % len(_MEO)], label=merging.name)
     axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
-    step = -(-len(layers) // 16)  # names of more blocks would overlap
-    ticks = range(0, len(layers), step)
-    axes.set_xticks(list(ticks), [str(_number(layers[tick]["block"])) for tick in ticks])
+    step = -(-len(paths) // 16)  # names of more blocks would overlap
+    ticks = range(0, len(paths), step)
+    axes.set_xticks(list(ticks), [str(_number(paths[tick])) for tick in ticks])
+    if len(result.merging) > 1:
+        axes.legend(fontsize=8, frameon=False)
     axes.set_xlabel("layer (dashed: a block of zeros)")
     axes.set_ylabel("relative RMS error of MEO's block")
     axes.set_axisbelow(True)

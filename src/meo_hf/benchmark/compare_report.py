@@ -12,7 +12,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from meo_hf.benchmark.compare import Comparison, Layer, Row
+from meo_hf.benchmark.compare import Comparison, Layer, Merging, Row
+from meo_hf.benchmark.compare_outputs import labels_of
 from meo_hf.benchmark.machine import Machine
 
 
@@ -27,7 +28,10 @@ def compare_table(result: Comparison, machine: Machine) -> Table:
     table.add_column("variant", no_wrap=True)
     memory = f"{memory_name(settings.device)}\nMB"
     names = ("per-\nplexity", "KL\nnats", "top-1\nagrees", "prefill\nms", "tokens\nper s", "ratio to\nsource")
-    for name in (*names, "decode\nms", "ratio to\nsource", "MFLOPs\nper token", memory):
+    sizes = not result.only_meo
+    spread = ("weights\nMB",) if sizes and memory_name(settings.device) != "weights" else ()
+    more = ("M para-\nmeters", *spread) if sizes else ()
+    for name in (*names, "decode\nms", "ratio to\nsource", "MFLOPs\nper token", *more, memory):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
         values = row_values(row)
@@ -42,21 +46,25 @@ def compare_table(result: Comparison, machine: Machine) -> Table:
             f"{values['decode_ms_per_token']:.2f}",
             f"{values['decode_ratio']:.2f}",
             f"{row.flops / 1e6:,.2f}",
+            *([f"{row.parameters / 1e6:,.2f}"] if sizes else []),
+            *([f"{row.weight_bytes / 1e6:,.1f}"] if spread else []),
             f"{row.nbytes / 1e6:,.1f}",
         )
     return table
 
 
-def layers_table(result: Comparison) -> Table:
-    """Show one row per merged MoE block, and the mean of all."""
-    title = "MEO's blocks on the states that the source's blocks read, and its gates"
+def layers_table(merging: Merging) -> Table:
+    """Show one row per merged MoE block of a MEO model, and the mean of all."""
+    owner = "MEO's" if merging.name == "MEO" else f"{merging.name}: its"
+    title = f"{owner} blocks on the states that the source's blocks read, and its gates"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("block", no_wrap=True)
     names = ("relative\nRMS error", "really\nmerged", "entropy\nnats", "of\nlog k", "from\nuniform")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for number, values in enumerate([*map(layer_values, result.layers), mean_layer(result.layers)]):
+    layers = merging.layers
+    for number, values in enumerate([*map(layer_values, layers), mean_layer(layers)]):
         relative = values["gate_entropy_relative"]
         table.add_row(
             values["block"],
@@ -66,7 +74,7 @@ def layers_table(result: Comparison) -> Table:
             "" if relative is None else f"{relative:.0%}",
             f"{values['gate_distance_to_uniform']:.3f}",
             values["label"],
-            end_section=number == len(result.layers) - 1,
+            end_section=number == len(layers) - 1,
         )
     return table
 
@@ -75,19 +83,30 @@ def notes(result: Comparison, machine: Machine, source: str) -> list[str]:
     """Say in lines below the tables what their numbers depend on."""
     window = result.windows.shape[1]
     prompt = result.rows[0].speed.prompt_tokens
-    lines = [f"MEO's gates: {result.gates}"]
-    if result.segment >= window:
-        lines.append(f"a window of {window} is no longer than a segment: every gate has read one token only")
-    lines.append(
-        "uniform average: one expert per block, the mean of all, its output scaled by what MEO's gates summed to on "
-        "average before they were normalised"
-    )
+    lines = []
+    for merging in result.merging:
+        lines.append(f"{merging.name}'s gates: {merging.gates}")
+        if merging.segment >= window:
+            whose = "" if merging.name == "MEO" else f"{merging.name}: "
+            lines.append(f"{whose}a window of {window} is no longer than a segment: every gate has read one token only")
+    if result.merging:
+        lines.append(
+            "uniform average: one expert per block, the mean of all, its output scaled by what MEO's gates summed to "
+            "on average before they were normalised"
+        )
+    for row in result.rows:
+        if row.depends_on_text:
+            lines.append(
+                f"{row.name}: {row.experts_per_token:.2f} experts run per token and block, which depends on the text; "
+                "this and its FLOPs are means over the whole text, its times are of one window"
+            )
     if result.settings.window > window:
         lines.append(f"windows have {window} tokens, not {result.settings.window}: more positions than a model has")
     lines += [f"no row '{name}': {reason}" for name, reason in result.skipped.items()]
+    merges = ", where a step that merges counts by its share of a segment" if result.merging else ""
     lines.append(
-        f"prefill reads {prompt} tokens, decoding the next {window - prompt} one by one, where a step that merges "
-        "counts by its share of a segment; each variant took turns with the source"
+        f"prefill reads {prompt} tokens, decoding the next {window - prompt} one by one{merges}; each variant took "
+        "turns with the source"
     )
     lines.append(memory_note(result.settings.device))
     lines.append(f"{source} ({result.model_class}, experts run as {result.experts_implementation}); {machine}")
@@ -107,10 +126,14 @@ def memory_note(device: str) -> str:
 
 
 def write_results(result: Comparison, machine: Machine, names: dict[str, Any], path: str | Path) -> None:
-    """Write command, settings, machine, every row with its rounds, and every layer as JSON."""
+    """Write command, settings, machine, every row with its rounds, and every layer as JSON.
+
+    `meo_gates` is there where one MEO model was compared, `meo_models` holds the same of each.
+    """
     settings = result.settings
-    content = {
-        "command": settings.command(names["source"], names["out"], names["text"], names["also"]),
+    gates = [{"formed": one.gates, "segment_length": one.segment, **mean_layer(one.layers)} for one in result.merging]
+    content: dict[str, Any] = {
+        "command": settings.command(names["source"], labels_of(names["outs"]), names["text"], names["also"]),
         "settings": asdict(settings),
         "model": {"class": result.model_class, "experts_implementation": result.experts_implementation},
         "machine": {**asdict(machine), "noisy": bool(machine.noise)},
@@ -119,11 +142,17 @@ def write_results(result: Comparison, machine: Machine, names: dict[str, Any], p
             "window": result.windows.shape[1],
             "predicted_tokens": result.rows[0].quality.tokens,
         },
-        "meo_gates": {"formed": result.gates, "segment_length": result.segment, **mean_layer(result.layers)},
+        **({"meo_gates": gates[0]} if len(gates) == 1 else {}),
+        "meo_models": [{"variant": one.name, **its} for one, its in zip(result.merging, gates, strict=True)],
         "memory": memory_note(settings.device),
-        "variants": [{"variant": row.name, **row_values(row), "rounds": _rounds(row)} for row in result.rows],
+        "variants": [
+            {"variant": row.name, "kind": row.kind, **row_values(row), **_more(row), "rounds": _rounds(row)}
+            for row in result.rows
+        ],
         "skipped": result.skipped,
-        "layers": [layer_values(layer) for layer in result.layers],
+        "layers": [
+            {"variant": merging.name, **layer_values(layer)} for merging in result.merging for layer in merging.layers
+        ],
     }
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -143,6 +172,16 @@ def row_values(row: Row) -> dict[str, float]:
         "flops_per_token": row.flops,
         "memory_bytes": row.nbytes,
     }
+
+
+def _more(row: Row) -> dict[str, Any]:
+    """Return what else is known of a variant; the number of experts only where they run one by one in our class."""
+    more = {
+        "flops_counted_on": "whole text" if row.depends_on_text else "first window",
+        "weight_bytes": row.weight_bytes,
+        "parameters": row.parameters,
+    }
+    return more if row.experts_per_token is None else {**more, "experts_per_token": row.experts_per_token}
 
 
 def _rounds(row: Row) -> dict[str, list[float]]:

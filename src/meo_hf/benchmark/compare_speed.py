@@ -69,15 +69,18 @@ def _read(subject: Subject, window: Tensor, prompt: int) -> tuple[float, float]:
     return prefill, per_token(steps, prompt, subject.segment)[0]
 
 
-def flops_per_token(subject: Subject, window: Tensor) -> float:
-    """Return the floating point operations of one window [1, S] per token.
+def flops_per_token(subject: Subject, windows: Tensor) -> float:
+    """Return the floating point operations of windows [N, S], read one by one, per token.
 
     Two per multiply-accumulate of a matrix product, 2 m - 1 per value that is merged from m experts. A mixture of
     experts is counted in its plain implementation, which runs each expert on just the tokens that selected it.
     """
+    total = 0
     with _eager_experts(subject.model):
-        count = count_run(subject.model, {"input_ids": window, "use_cache": False, **subject.arguments})
-    return count.total("mul_add") / window.shape[1]
+        for window in windows.split(1):
+            count = count_run(subject.model, {"input_ids": window, "use_cache": False, **subject.arguments})
+            total += count.total("mul_add")
+    return total / windows.numel()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ class CompareSettings:
             at_least(name, getattr(self, name), low)
         check_place(self.dtype, self.device)
 
-    def command(self, source: str, out: str, text: str, also: Sequence[str] = ()) -> str:
-        """Return the command line that repeats the run, every option spelled out."""
-        words = ["meo-hf", "compare", public_name(source), public_name(out), "--text", public_name(text)]
+    def command(self, source: str, outs: Sequence[str], text: str, also: Sequence[str] = ()) -> str:
+        """Return the command line that repeats the run, every option spelled out, `outs` as they are to be shown."""
+        words = ["meo-hf", "compare", public_name(source), *outs, "--text", public_name(text)]
         for name in also:
             words += ["--also", public_name(name)]
         for field in fields(self):
@@ -65,8 +65,8 @@ class CompareSettings:
 class Subject:
     """A model as a comparison runs it.
 
-    `arguments` are what its forward takes beside tokens, `nbytes` what its weights take. `segment` is the number of
-    tokens per merge, None for a model that merges nothing.
+    `arguments` are what its forward takes beside tokens, `nbytes` what its weights take, `parameters` how many values
+    they have, 0 if nobody counted. `segment` is the number of tokens per merge, None for a model that merges nothing.
     """
 
     name: str
@@ -74,14 +74,16 @@ class Subject:
     arguments: dict[str, Any]
     nbytes: int
     segment: int | None = None
+    parameters: int = 0
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel) -> Subject:
         """Run a model as it is; a MEO decoder's gates are refreshed with each segment, whatever its own default."""
         context = getattr(model, "_meo_context", None)
+        nbytes, parameters = weight_bytes(model), sum(parameter.numel() for parameter in model.parameters())
         if context is None or not context.reads_past:
-            return cls(name, model, {}, weight_bytes(model))
-        return cls(name, model, {"routing": "segment"}, weight_bytes(model), context.settings.segment_length)
+            return cls(name, model, {}, nbytes, None, parameters)
+        return cls(name, model, {"routing": "segment"}, nbytes, context.settings.segment_length, parameters)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Return the logits [B, S, V] of tokens [B, S]."""
@@ -154,27 +156,37 @@ def _sharing(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
 
 
 @contextmanager
-def averaged(model: PreTrainedModel, totals: Mapping[str, tuple[float, float]]) -> Iterator[Subject]:
+def averaged(
+    model: PreTrainedModel, totals: Mapping[str, tuple[float, float]], name: str = "uniform average"
+) -> Iterator[Subject]:
     """Within this context a MEO model's MoE blocks run the plain average of all their experts.
 
     `totals` hold for each block's experts what scales their output: the sum of a gate, and in families with experts
     that return their input the share of those.
     """
     mergers = [module for module in model.modules() if isinstance(module, Merger)]
-    stacked = sum(p.nbytes for module in mergers for p in module.parameters(recurse=False) if p.dim() > 1)  # type: ignore[attr-defined]
-    experts = model._meo_context.settings.num_experts  # type: ignore[union-attr]
+    spared = [_spared(module) for module in mergers]
     for module in mergers:
         module.merged_maps = _AverageMaps(module)  # type: ignore[method-assign]
     for path, module in merged_moe(model):
         module._normalise = partial(_constant, *totals[path], bool(module.zero_expert_num))
     try:
-        arguments = Subject.of("", model).arguments
-        yield Subject("uniform average", model, arguments, weight_bytes(model) - stacked + stacked // experts)
+        whole = Subject.of(name, model)
+        nbytes, parameters = whole.nbytes - sum(b for b, _ in spared), whole.parameters - sum(n for _, n in spared)
+        yield replace(whole, nbytes=nbytes, parameters=parameters, segment=None)
     finally:
         for module in mergers:
             del module.merged_maps
         for _, module in merged_moe(model):
             del module._normalise
+
+
+def _spared(module: Any) -> tuple[int, int]:
+    """Return the bytes and the number of values of all experts but one."""
+    stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    experts = module.count()
+    nbytes, values = sum(stack.nbytes for stack in stacks), sum(stack.numel() for stack in stacks)
+    return nbytes - nbytes // experts, values - values // experts
 
 
 class _AverageMaps:
