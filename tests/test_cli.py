@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from tiny import tiny_dense
 from transformers import BertModel, DogeConfig
 
-from meo_hf import __version__, cli, cli_convert, cli_progress, convert, inspect
+from meo_hf import __version__, cli, cli_convert, cli_progress, cli_reduce, convert, inspect
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("convert", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "recover", "bench")
+COMMANDS = (
+    "convert", "reduce", "inspect", "families", "verify", "extract", "flops", "demo", "compare", "recover", "bench",
+)  # fmt: skip
 BENCHES = ("layer", "prefill", "decode", "train-step", "convert", "calibrate")
 
 
@@ -30,7 +32,7 @@ BENCHES = ("layer", "prefill", "decode", "train-step", "convert", "calibrate")
 def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
-    for module in (cli, cli_convert, cli_progress):
+    for module in (cli, cli_convert, cli_progress, cli_reduce):
         monkeypatch.setattr(module, "out", Console(width=200, highlight=False))  # tables are not folded
 
 

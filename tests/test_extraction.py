@@ -18,6 +18,7 @@ from test_families_roundtrip import relative_rms
 from tiny import main_class
 
 from meo_hf import convert, extract
+from meo_hf.conversion.extraction import extract_all
 from meo_hf.errors import OutputError, SourceError, UnsupportedError, UsageError
 
 pytestmark = pytest.mark.xdist_group("extraction")  # one worker: the costly fixtures are made once
@@ -173,6 +174,21 @@ def test_layers_of_an_encoder_decoder_count_in_each_stack(tmp_path: Path) -> Non
     assert report.layers == [1]
     slots = {n.split(".experts.")[0] for n in tensors(tmp_path / "meo") if ".experts." in n}
     assert slots == {"model.encoder.layers.1.fc1", "model.decoder.layers.1.fc1"}
+
+
+def test_all_tasks_are_extracted_at_once(tmp_path: Path) -> None:
+    """Each task gets what it uses and nothing else; a name that makes no folder leaves nothing behind."""
+    meo = converted("bert", tmp_path)
+    assert run_cli("extract", meo, tmp_path / "tasks", "--all-tasks").code == 0
+    assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == list(TASKS)
+    for task in TASKS:
+        extract(meo, tmp_path / task, task=task)
+        assert listing(tmp_path / task) == listing(tmp_path / "tasks" / task)
+    assert run_cli("extract", meo, tmp_path / "no", "--all-tasks", "--task", "a").code == 2
+    other = converted("bert", tmp_path / "slash", tasks=("a/b", "c"))
+    with pytest.raises(UsageError, match="makes no name of a folder"):
+        extract_all(other, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_single_task_needs_no_name(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_verify_notices_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = run_cli("verify", tmp_path / "spoilt")
     assert done.code == 1
     assert "FAILED" in done.out
-    assert "convert it again" in done.err
+    assert "make it again" in done.err
     spoil(source, lambda stored: next(iter(stored.values())).neg_())
     report = verify_output(tmp_path / "meo", "sample")
     assert [check.name for check in report.checks if not check.passed] == [BYTES]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from meo_hf.conversion.extraction import extract
     from meo_hf.conversion.inspection import inspect
     from meo_hf.conversion.report import ConversionReport
+    from meo_hf.reduction.reduce import reduce, reduction_method
     from meo_hf.training.recover import recover
 
 _HOMES = {
@@ -26,6 +27,8 @@ _HOMES = {
     "extract": "meo_hf.conversion.extraction",
     "inspect": "meo_hf.conversion.inspection",
     "recover": "meo_hf.training.recover",
+    "reduce": "meo_hf.reduction.reduce",
+    "reduction_method": "meo_hf.reduction.reduce",
     "verify_output": "meo_hf.conversion.convert",
 }
 __all__ = [
@@ -36,6 +39,8 @@ __all__ = [
     "extract",
     "inspect",
     "recover",
+    "reduce",
+    "reduction_method",
     "verify_output",
 ]
 

@@ -17,6 +17,7 @@ from meo_hf.cli_compare import compare_command
 from meo_hf.cli_convert import Overwrite, Src, Token, Verify, convert_command
 from meo_hf.cli_progress import err, out, progress_bar
 from meo_hf.cli_recover import recover_command
+from meo_hf.cli_reduce import reduce_command
 from meo_hf.errors import CheckFailedError, HubError, MeoError
 from meo_hf.version import __version__
 
@@ -52,6 +53,7 @@ def _main(
 
 
 app.command("convert")(convert_command)
+app.command("reduce")(reduce_command)
 
 
 @app.command("inspect")
@@ -80,18 +82,20 @@ def families_command() -> None:
 
 @app.command("verify")
 def verify_command(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that meo-hf convert wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that meo-hf convert or reduce wrote.")],
     mode: Annotated[Verify, typer.Option(help="full: compare both models; sample: layer by layer.")] = Verify.full,
     token: Token = None,
 ) -> None:
-    """Run the checks of a conversion again."""
+    """Run the checks of a conversion or a reduction again."""
     from meo_hf.conversion.convert import verify_output
+    from meo_hf.reduction.report import is_reduction
+    from meo_hf.reduction.verify import verify_reduced
     from meo_hf.tables import checks_table
 
-    report = verify_output(output, mode.value, token)
-    out.print(checks_table(report))
+    report = (verify_reduced if is_reduction(output) else verify_output)(output, mode.value, token)
+    out.print(checks_table(report.verification, report.checks))
     if not report.passed:
-        raise CheckFailedError(f"{output} fails its checks: convert it again")
+        raise CheckFailedError(f"{output} fails its checks: make it again")
 
 
 @app.command("extract")
@@ -99,13 +103,23 @@ def extract_command(
     source: Annotated[str, typer.Argument(metavar="OUT", help="MEO model of level task: folder or Hub id.")],
     output: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to write; must not exist.")],
     task: Annotated[str | None, typer.Option(help="Task to extract; may be left out if there is one.")] = None,
+    all_tasks: Annotated[
+        bool, typer.Option("--all-tasks", help="Extract every task, each into a folder of its name in DENSE.")
+    ] = False,
     source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of OUT.")] = None,
     token: Token = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the plain dense checkpoint that a MEO model computes for one task."""
-    from meo_hf.conversion.extraction import extract
+    from meo_hf.conversion.extraction import extract, extract_all
+    from meo_hf.errors import UsageError
 
+    if all_tasks:
+        if task is not None:
+            raise UsageError("--task and --all-tasks contradict each other: leave one out")
+        for folder in extract_all(source, output, revision=source_revision, token=token, overwrite=overwrite).values():
+            out.print(f"wrote {escape(str(folder))}: a dense checkpoint that needs no remote code", soft_wrap=True)
+        return
     written = extract(source, output, task=task, revision=source_revision, token=token, overwrite=overwrite)
     out.print(f"wrote {escape(str(written))}: a dense checkpoint that needs no remote code", soft_wrap=True)
 

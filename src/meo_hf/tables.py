@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meo_hf.conversion.inspection import Inspection
-from meo_hf.conversion.report import ConversionReport
+from meo_hf.conversion.report import Check, ConversionReport
 from meo_hf.installed import families_without_row, installed_rows
 from meo_hf.modeling.families_meo import FAMILIES
 from meo_hf.modeling.levels_meo import LEVELS, MOE_LEVELS
@@ -22,7 +22,8 @@ REFUSED = (
 )
 
 
-def _two_columns(title: str, rows: dict[str, object]) -> Table:
+def two_columns(title: str, rows: dict[str, object]) -> Table:
+    """Show facts by their names."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -62,7 +63,7 @@ def report_table(report: ConversionReport) -> Table:
     if report.dry_run:
         rows["would write"] = f"{report.bytes_to_write:,} bytes of weights"
         rows["memory needed"] = f"about {(report.working_memory + 700 * 2**20) / 2**20:,.0f} MiB, without checks"
-        return _two_columns("Plan (dry run: nothing was written)", rows)
+        return two_columns("Plan (dry run: nothing was written)", rows)
     rows["written"] = f"{report.bytes_to_write:,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
     for name, file in report.files.items():
         if "sha256" in file:
@@ -83,7 +84,7 @@ def report_table(report: ConversionReport) -> Table:
         rows[f"  {check.name}"] = check.detail
     rows.pop("passed", None)
     rows["checks"] = "not verified" if report.verification == "none" else f"{report.verification}: all passed"
-    return _two_columns("Converted", rows)
+    return two_columns("Converted", rows)
 
 
 _WEIGHTS = {
@@ -113,12 +114,12 @@ def _birth(report: ConversionReport) -> str:
     return adapters or ", ".join(e["id"] for e in report.experts) or report.options["expert_init"]
 
 
-def checks_table(report: ConversionReport) -> Table:
+def checks_table(mode: str, checks: list[Check]) -> Table:
     """Show checks with their outcome."""
-    table = Table(title=f"Checks ({report.verification})", title_justify="left")
+    table = Table(title=f"Checks ({mode})", title_justify="left")
     for column in ("outcome", "check", "detail"):
         table.add_column(column, overflow="fold")
-    for check in report.checks:
+    for check in checks:
         table.add_row("passed" if check.passed else "FAILED", check.name, Text(check.detail))
     return table
 
@@ -140,7 +141,7 @@ def inspection_table(found: Inspection) -> Table:
     else:
         rows["convertible"] = f"yes, to level {' or '.join(found.levels)}"
         rows |= found.facts
-    return _two_columns("Inspected (headers only)", rows)
+    return two_columns("Inspected (headers only)", rows)
 
 
 def families_table() -> Table:

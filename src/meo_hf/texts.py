@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from meo_hf.errors import SourceError, UsageError
+
+TABLES = (".json", ".jsonl", ".csv")
+"""Endings of files of text that hold rows."""
 
 
 def read_text(path: str | Path, option: str = "--text") -> str:
@@ -20,6 +27,29 @@ def read_text(path: str | Path, option: str = "--text") -> str:
         raise UsageError(f"{option} {path} is no UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be read ({error.strerror}): give a text file") from None
+
+
+def records(path: str | Path, option: str = "--text") -> Iterator[Any]:
+    """Yield the rows of a .json, .jsonl or .csv file; raises UsageError where it cannot be read."""
+    suffix, content = Path(path).suffix.lower(), read_text(path, option)
+    try:
+        if suffix == ".csv":
+            yield from _csv_records(content)
+        elif content.lstrip().startswith("["):
+            yield from json.loads(content)
+        else:
+            yield from (json.loads(line) for line in content.split("\n") if line.strip())
+    except (ValueError, csv.Error) as error:
+        raise UsageError(f"{option} {path} cannot be read as {suffix[1:]} ({error}): repair it") from None
+
+
+def _csv_records(content: str) -> list[dict[str, Any]]:
+    """Read rows whose fields may be whole books; the limit of fields is the process's, so it is set back."""
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(content) + 1))
+    try:
+        return list(csv.DictReader(io.StringIO(content, newline="")))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def load_tokenizer(folder: str | Path, name: str, **options: Any) -> Any:

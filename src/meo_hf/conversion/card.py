@@ -75,7 +75,7 @@ def _metadata(report: ConversionReport, source: Source, license_: str | None) ->
         license=license_,
         language=getattr(own, "language", None),
         library_name="transformers",
-        pipeline_tag=getattr(own, "pipeline_tag", None) or _pipeline_tag(report.model_class),
+        pipeline_tag=getattr(own, "pipeline_tag", None) or pipeline_tag(report.model_class),
         base_model=bases or None,
         tags=["meo", "merging-experts", "custom_code"],
         base_model_relation=_relation(report) if bases else None,
@@ -86,7 +86,8 @@ def _relation(report: ConversionReport) -> str:
     return "merge" if report.experts or report.adapters or report.is_moe else "finetune"
 
 
-def _pipeline_tag(model_class: str) -> str | None:
+def pipeline_tag(model_class: str) -> str | None:
+    """Return the Hub's task of a model class, by the ending of its name."""
     return next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
 
 

@@ -108,7 +108,7 @@ def convert(
     """
     if verify not in MODES:
         raise UsageError(f"--verify {verify!r} is unknown: give one of {', '.join(MODES)}")
-    _check_shard_size(max_shard_size)
+    check_shard_size(max_shard_size)
     check_push(push_to_hub, private, push_revision, commit_message)
     output = Path(output).expanduser().absolute()
     names = [os.fspath(name) for name in (source, *experts)]
@@ -211,7 +211,7 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     """
     folder = Path(folder).expanduser().absolute()
     report = ConversionReport.load(folder)
-    wrong = [name for name, kept in report.files.items() if not _unchanged(folder / name, kept)]
+    wrong = [name for name, kept in report.files.items() if not unchanged(folder / name, kept)]
     by = "sha256" if all("sha256" in kept for kept in report.files.values()) else "size and header"
     detail = f"{len(report.files)} files, by {by}" if not wrong else f"changed or missing: {', '.join(wrong)}"
     report.checks = [Check("files are as recorded", not wrong, detail)]
@@ -233,7 +233,7 @@ def verify_output(folder: str | os.PathLike[str], mode: str = "full", token: str
     return report
 
 
-def _unchanged(path: Path, recorded: dict[str, Any]) -> bool:
+def unchanged(path: Path, recorded: dict[str, Any]) -> bool:
     """Return whether a file is as its report says: by its whole hash, or of an untouched file by size and header."""
     if not path.is_file():
         return False
@@ -265,7 +265,8 @@ def _dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[value]
 
 
-def _check_shard_size(text: str) -> None:
+def check_shard_size(text: str) -> None:
+    """Raise UsageError for a size that is not understood."""
     try:
         size = parse_size_to_int(text)
     except ValueError:

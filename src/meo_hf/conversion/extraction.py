@@ -84,6 +84,32 @@ class WithPart:
         yield raw_bytes(weight.to(DTYPES[target.dtype]))
 
 
+def extract_all(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> dict[str, Path]:
+    """Write the dense checkpoint of every task, each in a folder of its name; returns the folders by task.
+
+    Raises UsageError for tasks whose names make no folders, and what `extract` raises.
+    """
+    output = Path(output).expanduser().absolute()
+    check_output(output, overwrite, [os.fspath(source)])
+    folder, _, _ = locate(os.fspath(source), SourceOptions(revision=revision, token=token))
+    tasks = settings_of(meo_config(folder)).tasks
+    if wrong := [task for task in tasks if task in ("", ".", "..") or "/" in task or "\\" in task]:
+        raise UsageError(f"task {wrong[0]!r} makes no name of a folder: extract the tasks one by one, with --task")
+    options = {"revision": revision, "token": token, "max_shard_size": max_shard_size}
+    with written_beside(output, overwrite) as whole:
+        for task in tasks:
+            extract(source, whole / task, task=task, **options)  # type: ignore[arg-type]
+    return {task: output / task for task in tasks}
+
+
 def extract(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],

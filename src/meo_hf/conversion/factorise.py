@@ -90,16 +90,23 @@ class Factorised:
         norm, differences = self._differences()
         down, up, kept, total = [], [], 0.0, 0.0
         for each in differences:
-            values, vectors = torch.linalg.eigh(_gram(each))
-            top = vectors[:, -self.rank :].flip(1).float()
-            kept += float(values[-self.rank :].clamp(min=0).sum())
-            total += float(values.clamp(min=0).sum())
-            wide = each.shape[0] >= each.shape[1]
-            down.append(top.t() if wide else top.t() @ each)
-            up.append(each @ top if wide else top)
+            left, right, values = truncate(each, self.rank)
+            kept += float(values[: self.rank].sum())
+            total += float(values.sum())
+            down.append(left)
+            up.append(right)
         lost = max(total - kept, 0.0)
         self.loss = Loss(self.rank, kept / total if total else 1.0, (lost / norm) ** 0.5 if norm else 0.0)
-        return {"A": torch.stack(down), "B": torch.stack(up).transpose(1, 2)}
+        return {"A": torch.stack(down), "B": torch.stack(up)}
+
+
+def truncate(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A [R, I] and B [R, O] of the best B^T A of a rank for x [O, I], and its squared singular values."""
+    values, vectors = torch.linalg.eigh(_gram(x))
+    top = vectors.flip(1)[:, :rank].float()
+    wide = x.shape[0] >= x.shape[1]
+    up = x @ top if wide else top
+    return top.t() if wide else top.t() @ x, up.t(), values.flip(0).clamp(min=0)
 
 
 def _gram(x: Tensor) -> Tensor:

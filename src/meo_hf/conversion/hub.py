@@ -75,7 +75,7 @@ def _public(file: Path) -> bytes | str:
         return str(file)
     report = json.loads(file.read_text("utf-8"))
     report["output"] = Path(report["output"]).name
-    for source in (report["source"], *report["experts"]):
+    for source in (report["source"], *report.get("experts", ())):
         source["id"] = public_name(source["id"])
     report["licenses"] = {public_name(name): value for name, value in report["licenses"].items()}
     return (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()

@@ -82,7 +82,7 @@ def build_moe_plan(source: Source, options: Options) -> MoePlan:
     if not blocks:
         raise UnsupportedError(f"{source.name}: found no experts in {type(stock).__name__}; its config makes it dense")
     have = sorted({layer_number(path) for path, _ in blocks})
-    layers = _layers(options.layers, have)
+    layers = parse_moe_layers(options.layers, have)
     config = _config(source, options, layers if layers != have else None)
     meo_class = meo_model_class(type(stock))
     meo = meta_model(meo_class, config)
@@ -130,7 +130,8 @@ def _check_options(source: Source, options: Options) -> None:
         )
 
 
-def _layers(text: str, have: list[int]) -> list[int]:
+def parse_moe_layers(text: str, have: list[int]) -> list[int]:
+    """Return the layers that `--layers` means, of those that have experts; raises UsageError for others."""
     if text in ("all", "even", "odd"):
         return {"all": have, "even": have[0::2], "odd": have[1::2]}[text]
     if text.startswith("last:"):
@@ -143,6 +144,8 @@ def _layers(text: str, have: list[int]) -> list[int]:
 
 def _config(source: Source, options: Options, layers: list[int] | None) -> PreTrainedConfig:
     level = options.level or levels_of(source.config)[0]
+    if level == "unmerged":
+        raise UsageError("level 'unmerged' converts nothing, as nothing merges: make experts fewer with meo_hf.reduce")
     check_level(source.config, level)
     check_decoder_options(source, options, level)
     values = source.config.to_dict()

@@ -179,6 +179,13 @@ def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> 
             return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
     raw = raw_config(folder)
     model_type = str(raw.get("model_type", ""))
+    if isinstance(raw.get("meo"), dict) and raw["meo"].get("expert_format") == "parts":
+        raise UnsupportedError(f"{folder} keeps its experts as parts, which only run one by one: start from its source")
+    if isinstance(raw.get("meo"), dict) and raw["meo"].get("level") == "unmerged":
+        raise UnsupportedError(
+            f"{folder} has our class already, at level 'unmerged', and its weights can stay: load it with "
+            "from_pretrained(..., trust_remote_code=True, meo={'level': 'segment'}) and save that"
+        )
     if model_type.startswith("meo_") or "meo" in raw:
         raise UnsupportedError(f"{folder} is a MEO model already: nothing to convert; `meo-hf inspect` shows it")
     if not has_row(model_type) and "auto_map" in raw and not options.trust_remote_code:

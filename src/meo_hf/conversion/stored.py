@@ -47,8 +47,13 @@ class StoredTensor:
 
 def stored_tensors(source: Source, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Return what each live tensor of a model is loaded from, as `from_pretrained` would."""
+    return stored_in(source.tensors, model)
+
+
+def stored_in(tensors: Mapping[str, TensorRef], model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Return what each live tensor of a model is loaded from, of tensors on disk by name."""
     found: dict[str, StoredTensor] = {}
-    for name, live, pattern, converter in live_places(model, source.tensors):
+    for name, live, pattern, converter in live_places(model, tensors):
         one = found.setdefault(live, StoredTensor(live, converter))
-        one.refs.setdefault(pattern or name, []).append(source.tensors[name])
+        one.refs.setdefault(pattern or name, []).append(tensors[name])
     return found

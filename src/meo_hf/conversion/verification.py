@@ -102,8 +102,8 @@ def _same(left: Iterator[memoryview], right: Iterator[memoryview], on_bytes: Cal
         a, b = a[size:], b[size:]
 
 
-def run_child(script: str, request: dict[str, Any]) -> list[Check]:
-    """Run a script beside this file in a process where meo_hf cannot be imported; returns its checks."""
+def run_child(script: str | Path, request: dict[str, Any]) -> list[Check]:
+    """Run a script, by its name one beside this file, where meo_hf cannot be imported; returns its checks."""
     with tempfile.TemporaryDirectory(prefix="meo-hf-") as scratch:
         answer = Path(scratch) / "answer.json"
         (Path(scratch) / "request.json").write_text(json.dumps({**request, "answer": str(answer)}))
@@ -114,7 +114,7 @@ def run_child(script: str, request: dict[str, Any]) -> list[Check]:
             "TOKENIZERS_PARALLELISM": "false",
         }
         done = subprocess.run(
-            [sys.executable, "-I", str(Path(__file__).with_name(script)), str(Path(scratch) / "request.json")],
+            [sys.executable, "-I", str(Path(__file__).parent / script), str(Path(scratch) / "request.json")],
             env=environment,
             capture_output=True,
             text=True,

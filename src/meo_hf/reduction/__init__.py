@@ -1,0 +1,1 @@
+"""Fewer experts: a method decides on a plan, one function applies it."""
