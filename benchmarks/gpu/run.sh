@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-stages="${*:-tests calibrate core prefill decode train adapters}"
+stages="${*:-tests calibrate core prefill decode train adapters skip}"
 out="${OUT:-benchmarks/gpu/results}"
 device="${MEO_DEVICE:-cuda}"
 python="${PYTHON:-python3}"
@@ -20,12 +20,13 @@ if [ "$device" = cpu ]; then # a dry run: tiny shapes, to see that the script it
     train_shapes=16x24x4x2 train_batch=2 train_tokens=8
     prefill="--config bert-tiny --batch 2 --tokens 16 --top-k 2,4" decode="--prompt-tokens 8 --new-tokens 4 --num-experts 2 --top-k 2"
     adapters="--prompt-tokens 16 --new-tokens 3 --train-tokens 16 --batch 2 --num-experts 3 --rank 2"
+    skip="--batch 1 --tokens 8 --steps 2 --top-k 2 --experts eager"
     calibrate="--dtype float32 --no-keep" tests="(merged_linear and float32 and product) or (contracts and bert)"
 else
     dtype=bfloat16 shapes="bert-base olmoe qwen3-30b-a3b gpt-oss-20b mixtral" batch=1,8,32 tokens=1,128 rounds=5
     train_shapes=bert-base,olmoe train_batch=8 train_tokens=128
     prefill="--config bert-base --batch 32 --tokens 128 --top-k 4" decode=""
-    calibrate="" tests="" adapters="--prompt-tokens 128 --new-tokens 64 --train-tokens 512"
+    skip="" calibrate="" tests="" adapters="--prompt-tokens 128 --new-tokens 64 --train-tokens 512"
 fi
 
 # The package as it is here, without installing it.
@@ -150,15 +151,25 @@ adapters() {
         --device "$device" --rounds "$rounds" $adapters --json "$file.part" && mv "$file.part" "$file"
 }
 
+skip() {
+    local file="$out/skip.json"
+    if [ -s "$file" ]; then
+        say "$file is there already"
+        return 0
+    fi
+    limited "${SKIP_SECONDS:-180}" "$python" benchmarks/reduction/skip_time.py --device "$device" --rounds "$rounds" \
+        $skip --json "$file.part" && mv "$file.part" "$file"
+}
+
 failed=0
 for stage in $stages; do
     case "$stage" in
-        tests | calibrate | core | prefill | decode | train | adapters)
+        tests | calibrate | core | prefill | decode | train | adapters | skip)
             say "stage $stage"
             "$stage" || { say "stage $stage is not complete"; failed=1; }
             ;;
         *)
-            echo "unknown stage $stage: give some of tests calibrate core prefill decode train adapters" >&2
+            echo "unknown stage $stage: give some of tests calibrate core prefill decode train adapters skip" >&2
             exit 2
             ;;
     esac
