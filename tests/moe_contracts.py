@@ -21,6 +21,11 @@ from transformers import PreTrainedModel
 SEGMENT = 3
 KEPT = [name for name, row in MOE_FAMILIES.items() if row.refused is None]
 DECODERS = [name for name in KEPT if MOE_FAMILIES[name].kind == "decoder"]
+# gates are averaged by code that knows no family: each layout and each kind of router once
+BOTH_POOLINGS = (
+    "mixtral", "olmoe", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe", "phimoe", "gemma4_text",
+    "longcat_flash", "inkling_text", "dbrx", "jetmoe", "llama4_text", "aria_text", "hunyuan_v1_moe", "nemotron_h",
+)  # fmt: skip
 # stock LongCat fails with one expert per token: its mask loses an axis
 ONE_EXPERT = [n for n in KEPT if MOE_FAMILIES[n].chooses_top_k and n != "longcat_flash"]
 ONE_EXPERT = [n for n in ONE_EXPERT if isinstance(MOE_FAMILIES[n].top_k, str)]
@@ -60,7 +65,8 @@ class MoeCase:
 
     def merged(self, stock: PreTrainedModel, **meo: Any) -> PreTrainedModel:
         """Return the MEO model with a stock model's parameters."""
-        own = {"pooling": self.pooling, **({"segment_length": SEGMENT} if self.causal else {})}
+        own: dict[str, Any] = {"pooling": self.pooling, **({"segment_length": SEGMENT} if self.causal else {})}
+        own = {} if meo.get("level") == "unmerged" else own
         return meo_of_moe(stock, **{**own, **meo}).to(self.dtype)
 
     def inputs(self, **options: Any) -> dict[str, Tensor]:
@@ -73,8 +79,9 @@ def _stock(family: str) -> PreTrainedModel:
 
 
 def cases(families: list[str] = KEPT) -> list[MoeCase]:
-    """Return every pooling of every family."""
-    return [MoeCase(family, pooling) for family in families for pooling in MOE_FAMILIES[family].poolings]
+    """Return the default pooling of every family, and the other one of those in `BOTH_POOLINGS`."""
+    poolings = {name: MOE_FAMILIES[name].poolings[: 2 if name in BOTH_POOLINGS else 1] for name in families}
+    return [MoeCase(family, pooling) for family in families for pooling in poolings[family]]
 
 
 def meo_of_moe(stock: PreTrainedModel, **meo: Any) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from meo_hf.conversion import linking
 from meo_hf.errors import ReferenceSourceError, UsageError
 
 torch.set_num_threads(1)
-FAMILIES = ("olmoe", "deepseek_v3", "gpt_oss", "dbrx", "jetmoe", "switch_transformers")
+FAMILIES = ("deepseek_v3", "dbrx", "jetmoe", "switch_transformers")  # the others are converted below
 
 
 def stock(folder: Path, family: str = "mixtral", **options: Any) -> Path:
@@ -310,7 +310,7 @@ class TestReference:
             convert(stock(tmp_path / "src"), tmp_path / "out", reference=True, push_to_hub="a/b")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx", "switch_transformers"])
+@pytest.mark.parametrize("family", ["gpt_oss", "switch_transformers"])  # interleaved stacks, and modules
 def test_aligned_experts_compute_what_they_did(family: str, tmp_path: Path) -> None:
     source = stock(tmp_path / "src", family)
     report = convert(source, tmp_path / "out", align=True)
