@@ -208,7 +208,7 @@ def test_groups_stay_equally_large(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", GROUPED)
 def test_groups_that_would_be_too_small_are_refused(family: str, tmp_path: Path) -> None:
     source = source_of(family, tmp_path / "source")
-    with pytest.raises(UsageError, match="chooses among 4 groups and adds up the two best of each: keep at least 8"):
+    with pytest.raises(UsageError, match="chooses among 4 groups and needs 2 in each: keep at least 8"):
         reduce(source, tmp_path / "no", reduction_method("prune", {"score": "random", "keep": "4"}))
 
 

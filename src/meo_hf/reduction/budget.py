@@ -57,7 +57,7 @@ def check_count(path: str, count: int, limits: Limits) -> None:
     if count < limits.least and limits.groups > 1:
         raise UsageError(
             f"{path} would keep {count} of {limits.experts} experts, but its router chooses among {limits.groups} "
-            f"groups and adds up the two best of each: keep at least {limits.least}"
+            f"groups and needs {limits.least // limits.groups} in each: keep at least {limits.least}"
         )
     if count < limits.least:
         raise UsageError(

@@ -35,7 +35,7 @@ def _metadata(report: ReductionReport, source: Source, license_: str | None) -> 
 
 def method_rows(report: ReductionReport) -> dict[str, str]:
     """Return the method's options as rows of a table: those of the command."""
-    hidden = {"name": None, "pretrained": None, "layers": "all", "seed": 0, "beam": 4}
+    hidden = {"name": None, "pretrained": None, "layers": "all", "seed": 0}
     known = {key: value for key, value in report.method.items() if value not in (None, False)}
     options = {key: value for key, value in known.items() if key not in hidden or hidden[key] not in (None, value)}
     rows = {f"--{key.replace('_', '-')}": f"{value}" for key, value in options.items()}

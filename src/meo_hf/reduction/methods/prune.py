@@ -21,7 +21,7 @@ class Prune:
     Most scores judge each expert: `reap` (arXiv 2510.13999), `output-norm`, `frequency` and `gate-mass` (SEER-MoE,
     arXiv 2404.05089), `router-norm` (arXiv 2405.16646) and `random`. `reconstruction` (NAEE, arXiv 2402.14800)
     judges what is left as a whole, `progressive`ly if later blocks are to see what earlier ones lost, with a `beam`
-    where there are too many subsets.
+    (of width 4) where there are too many subsets.
     """
 
     name: ClassVar[str] = "prune"
@@ -30,7 +30,7 @@ class Prune:
     budget: str = "uniform"
     pretrained: str | None = None
     progressive: bool = False
-    beam: int = 4
+    beam: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,8 +41,9 @@ class Prune:
             raise UsageError(f"--budget {self.budget!r} is unknown: give one of {', '.join(BUDGETS)}")
         if self.budget == "global" and self.score in SUBSETS:
             raise UsageError(f"--score {self.score} gives no scores that could be compared: leave --budget global out")
-        if self.progressive and self.score != "reconstruction":
-            raise UsageError(f"--progressive has no effect on --score {self.score}: leave it out")
+        for option in ("progressive", "beam"):
+            if getattr(self, option) not in (None, False) and self.score not in SUBSETS:
+                raise UsageError(f"--{option} has no effect on --score {self.score}: leave it out")
         if (self.pretrained is None) == (self.score == "router-norm"):
             needs = "needs --pretrained, the checkpoint before fine-tuning" if self.pretrained is None else ""
             raise UsageError(

@@ -15,6 +15,7 @@ from meo_hf.reduction.workbench import Workbench
 if TYPE_CHECKING:
     from meo_hf.reduction.methods.prune import Prune
 
+BEAM = 4
 Kept = dict[str, list[int]]
 Notes = dict[str, Any]
 
@@ -27,13 +28,13 @@ def reconstruction(work: Workbench, method: Prune, counts: dict[str, int]) -> tu
             "take another --score"
         )
     routers = SubsetRouters(work.model, work.family, work.mixture)
-    batches = len(work.rows.batches())
+    batches, width = len(work.rows.batches()), BEAM if method.beam is None else method.beam
     rounds = [[path] for path in work.limits] if method.progressive else [list(work.limits)]
     found: dict[str, SubsetSearch] = {}
     with ExitStack() as stack:
         for paths in rounds:
             wanted = {path: counts[path] for path in paths}
-            observer = Reconstruction(routers, work.limits, wanted, batches, method.beam)
+            observer = Reconstruction(routers, work.limits, wanted, batches, width)
             work.observe(observer, blocks=paths)
             found |= observer.found
             if method.progressive:
