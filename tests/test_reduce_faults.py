@@ -217,6 +217,9 @@ def test_rules_and_maps_that_were_changed(source: Path, tmp_path: Path) -> None:
     for key, value in {"skip": None, "expert_maps": {BLOCKS[0]: [3, 2, 2, 1, 0, 0]}}.items():
         changed(config, meo={**block, key: value})
         assert not verify_reduced(tmp_path / "out", "sample").passed, key
+    code = tmp_path / "out" / "unmerged_meo.py"
+    code.write_text(code.read_text() + "\nimport os\n")
+    assert "changed or missing: unmerged_meo.py" in verify_reduced(tmp_path / "out", "sample").checks[0].detail
     config.unlink()
     assert not verify_reduced(tmp_path / "out", "full").passed
 

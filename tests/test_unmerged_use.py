@@ -21,13 +21,14 @@ from moe_contracts import moe_modules
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_moe_roundtrip import check_family
+from test_parts import in_parts, ragged
 from test_unmerged import check_blocks, every_other, logits, several, two_for_all
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from unmerged_reference import case_of, meo_config, reduced
 
-from meo_hf import convert
-from meo_hf.errors import MeoConfigError, RoutingError, UsageError
+from meo_hf import MeoLoraConfig, convert
+from meo_hf.errors import MeoConfigError, RoutingError, UnsupportedError, UsageError
 from meo_hf.training import watch
 
 torch.set_num_threads(1)
@@ -128,6 +129,15 @@ def test_adapters_of_experts_are_what_they_merge_to(family: str, mapped: bool) -
     assert_close(logits(copy.deepcopy(adapted).merge_and_unload(), inputs), found, 1e-9)
     adapted.train()(**inputs).logits.square().sum().backward()
     assert all(bool(p.grad.any()) for n, p in adapted.named_parameters() if ".lora_" in n)
+
+
+def test_our_adapters_send_experts_that_do_not_merge_to_peft() -> None:
+    model = small()
+    with pytest.raises(UnsupportedError, match=r"one by one .* target_parameters=\['experts.gate_up_proj'"):
+        get_peft_model(model, MeoLoraConfig(r=2))
+    full = case_of("mixtral").merged(case_of("mixtral").stock(), level="unmerged")
+    with pytest.raises(UnsupportedError, match="kept as parts: PEFT's own LoraConfig adapts those"):
+        get_peft_model(in_parts(full, ragged(full, True)), MeoLoraConfig(r=2))
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

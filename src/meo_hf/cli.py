@@ -100,7 +100,9 @@ def verify_command(
 
 @app.command("extract")
 def extract_command(
-    source: Annotated[str, typer.Argument(metavar="OUT", help="MEO model of level task, or a mixture with one expert per layer.")],
+    source: Annotated[
+        str, typer.Argument(metavar="OUT", help="MEO model of level task, or a mixture with one expert per layer.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to write; must not exist.")],
     task: Annotated[str | None, typer.Option(help="Task to extract; may be left out if there is one.")] = None,
     all_tasks: Annotated[
@@ -110,7 +112,7 @@ def extract_command(
     token: Token = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the plain dense checkpoint that a MEO model computes for one task, or a mixture with one expert per layer."""
+    """Write the plain dense checkpoint that a MEO model computes for one task, or a mixture of one expert per layer."""
     from meo_hf.conversion.extraction import extract, extract_all
     from meo_hf.errors import UsageError
 

@@ -32,10 +32,20 @@ def routers(model: nn.Module) -> list[str]:
 def stacks(model: nn.Module, role: str) -> list[str]:
     """Return the names of the parameters that hold all experts' first (`up`) or last (`down`) linear maps.
 
-    Raises UnsupportedError where experts are no stacks [E, O, I].
+    Raises UnsupportedError where experts are no stacks [E, O, I], or do not merge.
     """
     found = []
     for path, module in mergers(model):
+        if getattr(module, "part_sizes", None):
+            raise UnsupportedError(
+                f"the experts of {type(model).__name__} are kept as parts: PEFT's own LoraConfig adapts those, for "
+                "example with target_parameters=['parts.down.A', 'parts.down.B']"
+            )
+        if module._context.settings.level == "unmerged":
+            raise UnsupportedError(
+                f"the experts of {type(model).__name__} run one by one (level 'unmerged'), which takes PEFT's own "
+                "LoraConfig: target_parameters=['experts.gate_up_proj', 'experts.down_proj']"
+            )
         names = [name for name, p in module.named_parameters(recurse=False) if not name.endswith("bias")]
         if any(len(getattr(p, "ds_shape", p.shape)) != 3 for p in map(module.get_parameter, names)):
             raise UnsupportedError(

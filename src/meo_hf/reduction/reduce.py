@@ -18,6 +18,7 @@ from meo_hf.conversion.linking import can_link, place_weights
 from meo_hf.conversion.output import check_output, check_space, keep_failed, written_beside
 from meo_hf.conversion.progress import SILENT, Progress
 from meo_hf.conversion.report import source_entry
+from meo_hf.conversion.safetensors_files import sha256_of
 from meo_hf.conversion.source import meta_model, open_source
 from meo_hf.conversion.verification import MODES
 from meo_hf.conversion.write import write_tensors
@@ -242,6 +243,7 @@ def _write(
         report.files = {shard.name: {"bytes": shard.nbytes, "sha256": shard.sha256} for shard in shards}
         report.factorised = made.parted.losses()
     outcome.config.save_pretrained(folder)
+    report.code = {path.name: {"sha256": sha256_of(path)} for path in sorted(folder.glob("*.py"))}
     for lost in write_companions(source, folder):
         report.warnings.append(f"not carried over: {lost}")
     report.write_seconds = round(time.perf_counter() - start, 3)

@@ -20,8 +20,8 @@ class ReductionReport:
 
     `blocks` holds per block the numbers of experts before and after; sizes are bytes, times seconds. `why_own` is the
     reason why the result needs code of ours, None where it is an ordinary checkpoint of its family. `factorised` holds
-    per linear map that is kept as parts their size, and the relative error of its experts. `plan` is what was applied;
-    it lies in a file of its own.
+    per linear map that is kept as parts their size, and the relative error of its experts. `files` are the weights,
+    `code` the Python files beside them, by their sha256. `plan` is what was applied; it lies in a file of its own.
     """
 
     source: dict[str, Any]
@@ -45,6 +45,7 @@ class ReductionReport:
     decide_seconds: float | None = None
     write_seconds: float | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    code: dict[str, dict[str, Any]] = field(default_factory=dict)
     verification: str = "none"
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

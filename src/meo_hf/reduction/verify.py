@@ -24,8 +24,9 @@ def verify_reduced(folder: str | os.PathLike[str], mode: str = "full", token: st
     """
     folder = Path(folder).expanduser().absolute()
     report = ReductionReport.load(folder)
-    wrong = [name for name, kept in report.files.items() if not unchanged(folder / name, kept)]
-    detail = f"{len(report.files)} files" if not wrong else f"changed or missing: {', '.join(wrong)}"
+    recorded = {**report.files, **report.code}
+    wrong = [name for name, kept in recorded.items() if not unchanged(folder / name, kept)]
+    detail = f"{len(recorded)} files" if not wrong else f"changed or missing: {', '.join(wrong)}"
     report.checks = [Check("files are as recorded", not wrong, detail)]
     if wrong:
         return report
