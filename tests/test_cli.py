@@ -116,7 +116,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     data = sum(f["bytes"] for f in report.files.values()) - header_bytes(tmp_path / "meo/model.safetensors")
     shown = words(done.out)
     for line in (
-        "Plan (dry run: nothing was written)",
+        "Plan (dry run: nothing was written or pushed)",
         "class MeoLlamaForCausalLM",
         "level task (tasks: a, b)",
         "experts 3, 2 merged per gate, gate scope ffn",

@@ -14,7 +14,8 @@ from rich.markup import escape
 
 from meo_hf.cli_bench import bench
 from meo_hf.cli_compare import compare_command
-from meo_hf.cli_convert import Overwrite, Src, Token, Verify, convert_command
+from meo_hf.cli_convert import convert_command
+from meo_hf.cli_options import Overwrite, SourceRevision, Src, Token, Verify
 from meo_hf.cli_progress import err, out, progress_bar
 from meo_hf.cli_recover import recover_command
 from meo_hf.cli_reduce import reduce_command
@@ -59,7 +60,7 @@ app.command("reduce")(reduce_command)
 @app.command("inspect")
 def inspect_command(
     source: Src,
-    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC.")] = None,
+    source_revision: SourceRevision = None,
     token: Token = None,
 ) -> None:
     """Say what a checkpoint is, dense or MEO, from its headers alone."""

@@ -8,6 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
+from meo_hf.cli_options import (
+    AllowPickle,
+    CommitMessage,
+    MaxShardSize,
+    Overwrite,
+    Private,
+    PushRevision,
+    PushToHub,
+    Seed,
+    SourceRevision,
+    Src,
+    Token,
+    TrustRemoteCode,
+    Verify,
+)
 from meo_hf.cli_progress import out, progress_bar
 from meo_hf.cli_tasks import adapter_names, example_files, task_names
 
@@ -71,19 +86,6 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class Verify(str, Enum):
-    """How much is checked."""
-
-    full = "full"
-    sample = "sample"
-    none = "none"
-
-
-Src = Annotated[str, typer.Argument(metavar="SRC", help="Hub id, folder or .gguf file.")]
-Token = Annotated[str | None, typer.Option(help="Token for the Hub; default: the one you are logged in with.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
 
 
 def convert_command(
@@ -166,14 +168,12 @@ def convert_command(
         Center | None,
         typer.Option(help="The shared weight: SRC's or the experts' mean.  [default: source; mean of a mixture]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.  [default: as in SRC]")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 500MB.")] = "5GB",
-    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run SRC's own code.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights too (weights_only, no code is run).")
-    ] = False,
+    max_shard_size: MaxShardSize = "5GB",
+    source_revision: SourceRevision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     token: Token = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
@@ -181,10 +181,10 @@ def convert_command(
         Verify, typer.Option(help="full: compare both models; sample: layer by layer; none: no check.")
     ] = Verify.full,
     license: Annotated[str | None, typer.Option(help="Licence of the result where the sources' differ.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this repository.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
-    push_revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    commit_message: Annotated[str | None, typer.Option(help="Message of the pushed commit.")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    commit_message: CommitMessage = None,
 ) -> None:
     """Convert a dense checkpoint or a mixture of experts into a MEO model."""
     from meo_hf.conversion.convert import convert

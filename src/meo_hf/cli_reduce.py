@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meo_hf.cli_convert import Overwrite, Token, Verify
+from meo_hf.cli_options import (
+    AllowPickle,
+    CommitMessage,
+    MaxShardSize,
+    Overwrite,
+    Private,
+    PushRevision,
+    PushToHub,
+    Seed,
+    SourceRevision,
+    Token,
+    TrustRemoteCode,
+    Verify,
+)
 from meo_hf.cli_progress import out, progress_bar
 
 if TYPE_CHECKING:
@@ -168,16 +181,14 @@ def reduce_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     device: Annotated[str, typer.Option(help="Where calibration text is read: cpu, cuda or auto.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy weight files that do not change, do not link them.")
     ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 500MB.")] = "5GB",
-    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run SRC's own code.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights too (weights_only, no code is run).")
-    ] = False,
+    max_shard_size: MaxShardSize = "5GB",
+    source_revision: SourceRevision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     token: Token = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and print the plan, write nothing.")] = False,
@@ -186,10 +197,10 @@ def reduce_command(
         Verify, typer.Option(help="full: compare with SRC in a fresh process; sample: files alone; none: no check.")
     ] = Verify.full,
     license: Annotated[str | None, typer.Option(help="Licence of the result, if SRC states none.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this repository.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
-    push_revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    commit_message: Annotated[str | None, typer.Option(help="Message of the pushed commit.")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    commit_message: CommitMessage = None,
 ) -> None:
     """Make a mixture of experts smaller, or let it do less: prune, merge, factorise or skip experts."""
     from meo_hf.errors import UsageError
@@ -282,7 +293,7 @@ def reduction_table(report: ReductionReport) -> Table:
     rows["decided in"] = f"{report.decide_seconds} s"
     if report.dry_run:
         rows["would write"] = f"{report.bytes_to_write:,} bytes of weights"
-        return two_columns("Plan (dry run: nothing was written)", rows)
+        return two_columns("Plan (dry run: nothing was written or pushed)", rows)
     rows["written"] = f"{report.bytes_to_write:,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
     if (found := parts_text(report)) is not None:
         rows["kept as"] = found

@@ -63,7 +63,7 @@ def report_table(report: ConversionReport) -> Table:
     if report.dry_run:
         rows["would write"] = f"{report.bytes_to_write:,} bytes of weights"
         rows["memory needed"] = f"about {(report.working_memory + 700 * 2**20) / 2**20:,.0f} MiB, without checks"
-        return two_columns("Plan (dry run: nothing was written)", rows)
+        return two_columns("Plan (dry run: nothing was written or pushed)", rows)
     rows["written"] = f"{report.bytes_to_write:,} bytes in {len(report.files)} file(s), {report.write_seconds} s"
     for name, file in report.files.items():
         if "sha256" in file:
