@@ -22,7 +22,9 @@ def test_python_blocks(tmp_path: Path) -> None:
     minilm()
     (tmp_path / "models").symlink_to(ASSETS)  # what the first block would download
     script = tmp_path / "blocks.py"
-    docs = [(ROOT / "docs" / name).read_text("utf-8") for name in ("speed.md", "adapters.md", "training.md")]
+    docs = [
+        (ROOT / "docs" / name).read_text("utf-8") for name in ("speed.md", "adapters.md", "training.md", "fewer.md")
+    ]
     further = [block for text in docs for block in _blocks("python", text)]  # which go on with the README's models
     script.write_text("\n".join([*_blocks("python"), *further]))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)

@@ -24,6 +24,7 @@ LOADS = "loads without meo_hf"
 LAYERS = "each layer equals its definition"
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("family", "options", "checks"),
     [

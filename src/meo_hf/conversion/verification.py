@@ -113,17 +113,18 @@ def run_child(script: str | Path, request: dict[str, Any]) -> list[Check]:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        done = subprocess.run(
-            [sys.executable, "-I", str(Path(__file__).parent / script), str(Path(scratch) / "request.json")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode or not answer.is_file():
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].split("Error: ", 1)[-1]
+        command = [sys.executable, "-I", str(Path(__file__).parent / script), str(Path(scratch) / "request.json")]
+        code, told = run_alone(command, environment)
+        if code or not answer.is_file():
+            last = (told.strip().splitlines() or [f"exit code {code}"])[-1].split("Error: ", 1)[-1]
             return [Check("loads without meo_hf", False, last[:500])]
         return [Check(**check) for check in json.loads(answer.read_text())]
+
+
+def run_alone(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run a command in a process of its own; returns its exit code and what it wrote to stderr."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stderr
 
 
 def outside_differences(plan: Plan) -> list[dict[str, Any]]:
