@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from checkpoints import listing, run_cli
 from compare_tiny import words, words_tokenizer
+from meo_hf.modeling.configuration_meo import SKIPS
 from moe_tiny import tiny_moe
 from safetensors.torch import load_file, save_file
+
+from meo_hf.reduction.budget import BUDGETS
+from meo_hf.reduction.methods import METHODS
+from meo_hf.reduction.methods.low_rank import CENTERS, RANKS_BY
+from meo_hf.reduction.methods.merge import GROUPINGS, HOWS, ROUTERS
+from meo_hf.reduction.methods.scores import SCORES
+from meo_hf.reduction.methods.subset_scores import SUBSETS
+from meo_hf.reduction.plan import BlockPlan, ReductionPlan, one_hot
+from meo_hf.reduction.workbench import Workbench
 
 torch.set_num_threads(1)
 
@@ -49,6 +61,55 @@ def test_a_plan_is_printed_kept_applied_and_checked_again(source: Path, tmp_path
     weights["model.norm.weight"] += 1
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     assert run_cli("verify", tmp_path / "out").code == 1
+
+
+@dataclass(frozen=True)
+class KeepFrom:
+    """A method as somebody may add it: keep experts from one number on."""
+
+    name: ClassVar[str] = "keep-from"
+    first: int
+    apart: bool = False
+
+    def decide(self, work: Workbench) -> ReductionPlan:
+        """Keep the last ones."""
+        rows = {path: one_hot([*range(self.first, one.experts)]) for path, one in work.limits.items()}
+        return work.planned(self, {path: BlockPlan(own, own) for path, own in rows.items()})
+
+
+def test_a_new_method_is_a_dataclass(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fields are options, the report's rows and the card's table; nothing else has to be told of it."""
+    monkeypatch.setitem(METHODS, "keep-from", KeepFrom)
+    command = ("reduce", source, tmp_path / "out", "--method", "keep-from")
+    done = run_cli(*command, "--first", "2", "--apart=true", "--verify", "sample")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "meo_report.json").read_text())
+    assert report["method"] == {"name": "keep-from", "first": 2, "apart": True, "layers": "all"}
+    assert set(map(tuple, report["blocks"].values())) == {(6, 4)}
+    assert "| `--first` | `2` |" in (tmp_path / "out" / "README.md").read_text()
+    for arguments, message in {
+        (): "--method keep-from needs --first",
+        ("--first", "two"): "--first is 'two': give a whole number",
+        ("--first", "2", "--keep", "4"): "--keep has no effect on --method keep-from",
+        ("--first", "2", "--last", "4"): "--last has no effect on --method keep-from",
+        ("--first",): "no such option: --first, or it lacks a value",
+        ("--first", "2", "more"): "got an extra argument, more",
+    }.items():
+        done = run_cli(*command, *arguments, "--overwrite")
+        assert (done.code, message in words_of(done.err)) == (2, True), done.err
+
+
+def words_of(text: str) -> str:
+    """Return a message on one line."""
+    return " ".join(text.split())
+
+
+def test_help_names_every_choice() -> None:
+    shown = words_of(run_cli("reduce", "--help").out)
+    choices = (*METHODS, *SCORES, *SUBSETS, *GROUPINGS, *HOWS, *ROUTERS, *CENTERS, *RANKS_BY, *SKIPS, *BUDGETS)
+    assert [choice for choice in choices if choice not in shown] == []
+    options = {field.name for method in METHODS.values() for field in fields(method)}
+    assert [option for option in options if f"--{option.replace('_', '-')}" not in shown] == []
 
 
 def test_every_text_is_read_and_weighed(source: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _main(
 
 
 app.command("convert")(convert_command)
-app.command("reduce")(reduce_command)
+app.command("reduce", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(reduce_command)
 
 
 @app.command("inspect")

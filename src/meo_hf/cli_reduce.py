@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,94 +30,26 @@ if TYPE_CHECKING:
     from meo_hf.reduction.report import ReductionReport
 
 
-class MethodName(str, Enum):
-    """How experts become fewer, or do less."""
-
-    prune = "prune"
-    merge = "merge"
-    low_rank = "low-rank"
-    search = "search"
-    skip = "skip"
-    top_k = "top-k"
-
-
-class Score(str, Enum):
-    """What decides which experts stay."""
-
-    reap = "reap"
-    output_norm = "output-norm"
-    frequency = "frequency"
-    gate_mass = "gate-mass"
-    reconstruction = "reconstruction"
-    router_norm = "router-norm"
-    random = "random"
-
-
-class GroupBy(str, Enum):
-    """Which experts are alike."""
-
-    outputs = "outputs"
-    logits = "logits"
-    clusters = "clusters"
-
-
-class Join(str, Enum):
-    """What a group of experts becomes."""
-
-    mean = "mean"
-    aligned = "aligned"
-    joint_svd = "joint-svd"
-    least_squares = "least-squares"
-
-
-class RouterOf(str, Enum):
-    """What becomes of a router whose experts are merged."""
-
-    merge = "merge"
-    map = "map"
-
-
-class Center(str, Enum):
-    """What experts are kept as differences to."""
-
-    none = "none"
-    mean = "mean"
-
-
-class RanksBy(str, Enum):
-    """Which experts keep more."""
-
-    uniform = "uniform"
-    frequency = "frequency"
-    reap = "reap"
-
-
-class Rule(str, Enum):
-    """Which selected experts do not run."""
-
-    ratio = "ratio"
-    cumulative = "cumulative"
-
-
-class Budget(str, Enum):
-    """How experts are shared out."""
-
-    uniform = "uniform"
-    global_ = "global"
-
-
 def reduce_command(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="SRC", help="Mixture of experts: Hub id or folder.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    method: Annotated[MethodName | None, typer.Option(help="prune, merge, low-rank, search, skip or top-k.")] = None,
+    method: Annotated[str | None, typer.Option(help="prune, merge, low-rank, search, skip or top-k.")] = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Apply this plan.json instead.")] = None,
     keep: Annotated[
         str | None, typer.Option(metavar="N", help="Experts to keep of each block: a count like 6, a share like 0.75.")
     ] = None,
     budget: Annotated[
-        Budget | None, typer.Option(help="The same number in every block, or as scores say.  [default: uniform]")
+        str | None,
+        typer.Option(help="uniform: the same number in every block; global: as scores say.  [default: uniform]"),
     ] = None,
-    score: Annotated[Score | None, typer.Option(help="prune: what decides who stays.  [default: reap]")] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="prune: who stays, by reap, output-norm, frequency, gate-mass, reconstruction, router-norm or "
+            "random.  [default: reap]"
+        ),
+    ] = None,
     pretrained: Annotated[
         str | None, typer.Option(metavar="REPO", help="router-norm: the checkpoint before fine-tuning.")
     ] = None,
@@ -142,27 +74,36 @@ def reduce_command(
     ] = None,
     population: Annotated[int | None, typer.Option(help="search: candidates per generation.  [default: 16]")] = None,
     state: Annotated[Path | None, typer.Option(metavar="FILE", help="search: kept here, and gone on from.")] = None,
-    group_by: Annotated[GroupBy | None, typer.Option(help="merge: which experts join.  [default: outputs]")] = None,
-    join: Annotated[Join | None, typer.Option(help="merge: what a group becomes.  [default: aligned]")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="merge: who joins, by outputs, logits or clusters.  [default: outputs]")
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(help="merge: a group becomes its mean, aligned, joint-svd or least-squares.  [default: aligned]"),
+    ] = None,
     router: Annotated[
-        RouterOf | None,
+        str | None,
         typer.Option(
-            help="merge: rows of the router are merged, or it stays and a map says who runs (which needs our class).  "
+            help="merge: merge the router's rows too, or let it stay and map who runs, which needs our class.  "
             "[default: merge]"
         ),
     ] = None,
     share: Annotated[float | None, typer.Option(help="low-rank: share of the experts' parameters that stays.")] = None,
     center: Annotated[
-        Center | None, typer.Option(help="low-rank: what experts are differences to.  [default: none]")
+        str | None, typer.Option(help="low-rank: what experts are differences to, none or mean.  [default: none]")
     ] = None,
-    ranks_by: Annotated[RanksBy | None, typer.Option(help="low-rank: who keeps more.  [default: uniform]")] = None,
+    ranks_by: Annotated[
+        str | None, typer.Option(help="low-rank: who keeps more, uniform, frequency or reap.  [default: uniform]")
+    ] = None,
     columns: Annotated[
         float | None, typer.Option(help="low-rank: share of what the centre leaves for whole columns.  [default: 0]")
     ] = None,
     after: Annotated[
         Path | None, typer.Option(metavar="FILE", help="low-rank: a plan.json of merging, say, that comes before.")
     ] = None,
-    rule: Annotated[Rule | None, typer.Option(help="skip: what is too light to run.  [default: ratio]")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="skip: what is too light to run, by ratio or cumulative.  [default: ratio]")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="skip: of the rule.  [default: for ratio the median on the calibration text]")
     ] = None,
@@ -209,8 +150,8 @@ def reduce_command(
 
     options = {
         "keep": keep,
-        "budget": _value(budget),
-        "score": _value(score),
+        "budget": budget,
+        "score": score,
         "pretrained": pretrained,
         "progressive": progressive,
         "beam": beam,
@@ -218,20 +159,21 @@ def reduce_command(
         "generations": generations,
         "population": population,
         "state": None if state is None else str(state),
-        "group_by": _value(group_by),
-        "join": _value(join),
-        "router": _value(router),
+        "group_by": group_by,
+        "join": join,
+        "router": router,
         "share": share,
-        "center": _value(center),
-        "ranks_by": _value(ranks_by),
+        "center": center,
+        "ranks_by": ranks_by,
         "columns": columns,
         "after": None if after is None else str(after),
-        "rule": _value(rule),
+        "rule": rule,
         "threshold": threshold,
     }
+    options |= further_options(context.args, options)
     if method is None and (idle := [key for key, value in options.items() if value is not None]):
         raise UsageError(f"--{idle[0].replace('_', '-')} has no effect without --method: leave it out")
-    found = None if method is None else reduction_method(method.value, options, seed)
+    found = None if method is None else reduction_method(method, options, seed)
     read = None
     if calibration:
         read = Calibration(tuple(calibration), window, samples, seed, batch_size, column)
@@ -267,6 +209,26 @@ def reduce_command(
         out.print(plan_table(report))
     for warning in report.warnings:
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
+
+
+def further_options(arguments: list[str], known: Collection[str]) -> dict[str, str]:
+    """Return options `--name value` that the command has no words for: a new method may have such a field.
+
+    Raises UsageError for anything else.
+    """
+    from meo_hf.errors import UsageError
+
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--") or key in known:
+            raise UsageError(f"got an extra argument, {name}: meo-hf reduce takes SRC and OUT")
+        if not equals and (not rest or rest[0].startswith("--")):
+            raise UsageError(f"no such option: {name}, or it lacks a value")
+        found[key] = value if equals else rest.pop(0)
+    return found
 
 
 def reduction_table(report: ReductionReport) -> Table:
@@ -318,7 +280,3 @@ def plan_table(report: ReductionReport) -> Table:
         made = ", ".join("+".join(str(old) for old, _ in row) for row in block.experts)
         table.add_row(path, f"{report.blocks[path][0]} -> {block.count}", Text(made))
     return table
-
-
-def _value(choice: Enum | None) -> Any:
-    return None if choice is None else choice.value

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from meo_hf.conversion.card import licenses_of, resolve_license
 from meo_hf.conversion.companions import write_companions
@@ -252,7 +252,7 @@ def _write(
 def reduction_method(name: str, options: dict[str, Any], seed: int | None = None) -> Method:
     """Return the method of a name with options as the command takes them; those that are None take its defaults.
 
-    `seed` is for methods that draw something.
+    Text is read as the type of the method's field. `seed` is for methods that draw something.
 
     Raises UsageError for an unknown method, and for an option that the method does not have, or lacks.
     """
@@ -260,9 +260,22 @@ def reduction_method(name: str, options: dict[str, Any], seed: int | None = None
         raise UsageError(f"--method {name!r} is unknown: give one of {', '.join(METHODS)}")
     kind: Any = METHODS[name]
     given = {key: value for key, value in options.items() if value is not None}
-    known = {f.name: f.default for f in fields(kind)}
+    known, hints = {f.name: f.default for f in fields(kind)}, get_type_hints(kind)
     if idle := sorted(set(given) - set(known)):
         raise UsageError(f"--{idle[0].replace('_', '-')} has no effect on --method {name}: leave it out")
     if lacking := [key for key, default in known.items() if default is MISSING and key not in given]:
         raise UsageError(f"--method {name} needs --{lacking[0].replace('_', '-')}")
-    return kind(**given, **({"seed": seed} if seed is not None and "seed" in known else {}))
+    read = {key: _read(key, value, hints[key]) for key, value in given.items()}
+    return kind(**read, **({"seed": seed} if seed is not None and "seed" in known else {}))
+
+
+def _read(key: str, value: Any, hint: Any) -> Any:
+    """Read an option's text as a number or a truth value where its field wants one."""
+    kinds = [kind for kind in (bool, int, float) if kind is hint or kind in get_args(hint)]
+    if not isinstance(value, str) or not kinds or str in get_args(hint):
+        return value
+    try:
+        return {"true": True, "false": False}[value.lower()] if kinds[0] is bool else kinds[-1](value)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kinds[-1]]
+        raise UsageError(f"--{key.replace('_', '-')} is {value!r}: give {wanted}") from None
