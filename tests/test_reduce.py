@@ -26,6 +26,7 @@ from reduction_tiny import (
     sliced,
     source_of,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 from meo_hf.errors import CheckpointError, OutputError, UnsupportedError, UsageError
@@ -289,3 +290,9 @@ def test_router_norm_keeps_what_fine_tuning_grew(tmp_path: Path) -> None:
         assert report.plan.scores[path] == pytest.approx(expected, abs=1e-5)
         kept = [row[0][0] for row in block.experts]
         assert kept == sorted(sorted(range(6), key=lambda e: -expected[e])[:3])
+    torch.save(load_file(tmp_path / "before" / "model.safetensors"), tmp_path / "before" / "pytorch_model.bin")
+    (tmp_path / "before" / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedError, match="pickle"):
+        reduce(tmp_path / "after", tmp_path / "again", method, verify="none")
+    again = reduce(tmp_path / "after", tmp_path / "again", method, verify="none", allow_pickle=True)
+    assert again.plan == report.plan

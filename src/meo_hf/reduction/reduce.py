@@ -101,7 +101,7 @@ def reduce(
         stack.callback(opened.close)
         if not isinstance(opened.family, MoeFamily):
             raise UnsupportedError(f"{name} is dense: only a mixture of experts has experts to reduce")
-        work = Workbench(opened, layers, top_k, calibration, device, progress)
+        work = Workbench(opened, layers, top_k, calibration, device, progress, read)
         start = time.perf_counter()
         decided = _decide(work, method, plan)
         outcome = outcome_of(opened, work.family, decided, work.mixture)

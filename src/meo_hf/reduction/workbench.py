@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.linking import weight_files
 from meo_hf.conversion.moe_plan import moe_family, parse_moe_layers
 from meo_hf.conversion.progress import SILENT, Progress
@@ -41,7 +42,7 @@ from meo_hf.texts import load_tokenizer
 
 @dataclass
 class Workbench:
-    """A source that is to be reduced; `layers` and `top_k` as the command takes them."""
+    """A source that is to be reduced; `layers` and `top_k` as the command takes them, `reading` how it was opened."""
 
     source: Source
     layers: str = "all"
@@ -49,6 +50,7 @@ class Workbench:
     calibration: Calibration | None = None
     device: str = "cpu"
     progress: Progress = SILENT
+    reading: SourceOptions = field(default_factory=SourceOptions)
     untouched: dict[str, list[int]] = field(default_factory=dict)
 
     @property

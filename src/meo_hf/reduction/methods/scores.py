@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from meo_hf.conversion.fetch import SourceOptions
 from meo_hf.conversion.source import open_source
 from meo_hf.errors import UsageError
 from meo_hf.reduction.statistics import Frequency, GateMass, OutputNorm, Reap
@@ -30,7 +30,7 @@ def router_norm_scores(work: Workbench, method: Prune) -> Scores:
 
     That is ||w_s after|| - ||w_s before||, signed. Raises UsageError for a checkpoint of another model.
     """
-    before = open_source(str(method.pretrained), SourceOptions(None, None, False, False))
+    before = open_source(str(method.pretrained), replace(work.reading, revision=None, trust_remote_code=False))
     try:
         other = Workbench(before, work.layers, work.top_k)
         old, new = other.router_weights(), work.router_weights()
