@@ -44,7 +44,7 @@ def check_fewer(
                 f"expert_maps[{path!r}] names expert {max(stands_for)}; the block has {count}, counted from 0"
             )
     if settings.skip and top_k == 1:
-        raise MeoConfigError("skip has no effect where a token selects one expert: leave it out, or raise top_k")
+        raise MeoConfigError("skip has no effect where a token selects one expert: leave it out")
 
 
 def _check_count(config: Any, path: str, count: int, experts: int, top_k: int) -> None:

@@ -62,7 +62,10 @@ def tell_untouched(model: nn.Module, configs: dict[str, Any]) -> None:
     for path, module in paths.items():
         copied = ".modules_to_save." in path or path.endswith(".original_module")  # PEFT trains a copy as it is
         if isinstance(module, Merger) and isinstance(module, nn.Module) and not (copied or _wrapped(paths, path)):
-            stacks |= {f"{path}.{name}": p.numel() for name, p in module.named_parameters(recurse=False)}
+            if any(is_wrapper(part) for part in module.modules()):  # of experts that are kept as parts
+                continue
+            own = {name: p.numel() for name, p in module.named_parameters(recurse=False) if not name.endswith("bias")}
+            stacks |= {f"{path}.{name}": size for name, size in own.items()}
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     level = getattr(getattr(model, "_meo_context", None), "settings", None)
     for adapter, config in configs.items():
@@ -84,10 +87,11 @@ def tell_untouched(model: nn.Module, configs: dict[str, Any]) -> None:
         if missing:
             logger.warning(f"Adapter {adapter!r} names {', '.join(missing)} in target_modules: no such module is here.")
         if stacks:
-            names = sorted({".".join(name.split(".")[-2:]) for name in stacks if not name.endswith("bias")})
+            names = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+            ours = "" if getattr(level, "level", None) == "unmerged" else ", or `meo_hf.MeoLoraConfig`"
             logger.warning(
                 f"Adapter {adapter!r} does not touch the experts, {sum(stacks.values()) / parameters:.0%} of the "
-                f"model's parameters: target_parameters={names} of a LoraConfig adapts them, or `meo_hf.MeoLoraConfig`."
+                f"model's parameters: target_parameters={names} of a LoraConfig adapts them{ours}."
             )
 
 

@@ -91,12 +91,57 @@ def test_a_new_method_is_a_dataclass(source: Path, tmp_path: Path, monkeypatch: 
         (): "--method keep-from needs --first",
         ("--first", "two"): "--first is 'two': give a whole number",
         ("--first", "2", "--keep", "4"): "--keep has no effect on --method keep-from",
-        ("--first", "2", "--last", "4"): "--last has no effect on --method keep-from",
-        ("--first",): "no such option: --first, or it lacks a value",
+        ("--first", "2", "--last", "4"): "no such option: --last",
+        ("--first",): "--first lacks a value",
         ("--first", "2", "more"): "got an extra argument, more",
     }.items():
         done = run_cli(*command, *arguments, "--overwrite")
         assert (done.code, message in words_of(done.err)) == (2, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methd", "prune", "--keep", "4"), "no such option: --methd (did you mean --method?)"),
+        (("--method", "prune", "--batch_size", "4"), "no such option: --batch_size (did you mean --batch-size?)"),
+        (("--method", "prune", "-v"), "no such option: -v"),
+        (("--method", "skip", "--window", "4"), "--window has no effect without --calibration"),
+        (("--method", "prune", "--keep", "4", "--device", "nowhere"), "--device nowhere cannot be used here"),
+        (("--method", "prune", "--keep", "4", "--column", "a", "--calibration", "TEXT"), "no effect on plain text"),
+        (("--plan", "none.json", "--seed", "4"), "--seed has no effect without --method"),
+        (("--method", "low-rank", "--share", "0.5", "--after", "none.json"), "--after none.json cannot be read"),
+        (("--method", "search", "--keep", "4", "--generations=-1,1", "--calibration", "TEXT"), "two numbers from 0"),
+        (("--method", "search", "--keep", "4", "--population", "0", "--calibration", "TEXT"), "--population 0 is too"),
+    ],
+)
+def test_options_that_are_wrong_or_idle(arguments: tuple[str, ...], message: str, source: Path, tmp_path: Path) -> None:
+    given = [str(tmp_path / "text.txt") if one == "TEXT" else one for one in arguments]
+    done = run_cli("reduce", source, tmp_path / "out", *given)
+    assert (done.code, message in words_of(done.err)) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_had_no_effect_is_noted(source: Path, tmp_path: Path) -> None:
+    done = run_cli("reduce", source, tmp_path / "one", "--method", "top-k", "--top-k", "1", "--max-shard-size", "1MB")
+    assert "--max-shard-size had no effect" in words_of(done.out)
+    random = ("--method", "prune", "--keep", "4", "--score", "random", "--verify", "none")
+    done = run_cli("reduce", source, tmp_path / "two", *random, "--copy", "--device", "auto")
+    assert "--copy had no effect" in words_of(done.out)
+    assert "--device auto had no effect" in words_of(done.out)
+
+
+def test_saved_plans_replace_nothing(source: Path, tmp_path: Path) -> None:
+    random = ("reduce", source, tmp_path / "out", "--method", "prune", "--keep", "4", "--score", "random", "--dry-run")
+    before = listing(source)
+    done = run_cli(*random, "--overwrite", "--save-plan", source / "config.json")
+    assert (done.code, "which is never written to" in words_of(done.err)) == (2, True)
+    assert listing(source) == before
+    (tmp_path / "notes.matrices").write_text("mine")
+    done = run_cli(*random, "--save-plan", tmp_path / "notes.json")
+    assert (done.code, "exists: name another file, or pass --overwrite" in words_of(done.err)) == (2, True)
+    assert run_cli(*random, "--save-plan", tmp_path / "plan.json").code == 0
+    assert run_cli(*random, "--save-plan", tmp_path / "plan.json").code == 2
+    assert run_cli(*random, "--save-plan", tmp_path / "plan.json", "--overwrite").code == 0
 
 
 def words_of(text: str) -> str:

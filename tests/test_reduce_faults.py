@@ -21,7 +21,7 @@ from meo_hf.errors import CheckpointError, MeoConfigError, UsageError
 from meo_hf.reduction.calibration import Calibration
 from meo_hf.reduction.candidates import Candidates, judged
 from meo_hf.reduction.evolution import Evolution, Space, evolve
-from meo_hf.reduction.methods import Prune, Search, Skip
+from meo_hf.reduction.methods import LowRank, Prune, Search, Skip
 from meo_hf.reduction.observing import BlockView
 from meo_hf.reduction.plan import BlockPlan, ReductionPlan, one_hot
 from meo_hf.reduction.reduce import reduce
@@ -96,6 +96,8 @@ def first_row(row: dict[str, float], **more: Any) -> Callable[[dict[str, Any]], 
         (lambda plan: plan.update(source=None), "source is None"),
         (lambda plan: plan.update(method={}), "KeyError"),
         (lambda plan: plan.update(calibration={}), "domains"),
+        (lambda plan: plan.update(calibration={"domains": [{"name": 4, "tokens": 1}]}), "a text of the calibration"),
+        (lambda plan: plan.update(calibration={"domains": [3]}), "no plan of meo-hf reduce"),
     ],
 )
 def test_plans_edited_by_hand(source: Path, change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
@@ -147,6 +149,16 @@ def test_sources_without_a_blocks_tensors(source: Path, part: str, tmp_path: Pat
 
     with pytest.raises(CheckpointError, match="lacks"):
         reduce(damaged(source, lose), tmp_path / "out", RANDOM, verify="none")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("method", [LowRank(0.5), RANDOM], ids=["low-rank", "prune"])
+def test_sources_without_one_expert_s_tensor(source: Path, method: Any, dry_run: bool, tmp_path: Path) -> None:
+    def lose(weights: dict[str, Tensor]) -> None:
+        del weights["model.layers.1.block_sparse_moe.experts.4.w2.weight"]
+
+    with pytest.raises(CheckpointError, match="of 6 experts in"):
+        reduce(damaged(source, lose), tmp_path / "out", method, verify="none", dry_run=dry_run)
 
 
 def test_sources_whose_router_is_cut(source: Path, tmp_path: Path) -> None:

@@ -255,6 +255,7 @@ def test_searches_find_what_a_metric_of_yours_prefers(tmp_path: Path) -> None:
     assert all([row[0][0] for row in block.experts] == [2, 5] for block in report.plan.blocks.values())
     assert report.plan.notes["fitness"] == pytest.approx(0, abs=1e-6)
     assert str(tmp_path) not in (tmp_path / "out" / "plan.json").read_text()
+    assert "none: `metric.py:first_rows` judges candidates" in (tmp_path / "out" / "README.md").read_text()
     again = reduce(source, tmp_path / "again", made, dry_run=True)
     assert again.plan is not None
     assert again.plan.notes == report.plan.notes, "a finished search is not searched again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from moe_tiny import tiny_moe, tiny_moe_inputs
 from reduction_tiny import apply, bench_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from meo_hf import extract
+from meo_hf import extract, reduce, reduction_method
+from meo_hf.conversion.extraction import extract_all
 from meo_hf.conversion.single_expert import SIBLINGS
 from meo_hf.errors import CheckFailedError, UnsupportedError, UsageError
 from meo_hf.reduction.plan import BlockPlan, one_hot
@@ -29,7 +31,10 @@ def single(family: str, folder: Path, **overrides: Any) -> Path:
 @pytest.mark.parametrize("family", SIBLINGS)
 def test_the_dense_sibling_computes_the_same(family: str, tmp_path: Path) -> None:
     source = single(family, tmp_path)
-    written = extract(source, tmp_path / "dense")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        written = extract(source, tmp_path / "dense")
+    assert ["expert_capacity" in str(one.message) for one in told] == [True] * (family == "switch_transformers")
     auto = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
     made, info = auto.from_pretrained(written, output_loading_info=True, attn_implementation="eager")
     assert not any(info.values())
@@ -38,7 +43,10 @@ def test_the_dense_sibling_computes_the_same(family: str, tmp_path: Path) -> Non
     inputs = tiny_moe_inputs(family)
     torch.testing.assert_close(made(**inputs).logits, stock(**inputs).logits, atol=1e-5, rtol=1e-5)
     assert made.num_parameters() < stock.num_parameters()
-    if family != "switch_transformers":
+    if family == "switch_transformers":
+        labels = inputs.pop("decoder_input_ids")
+        torch.testing.assert_close(made(**inputs, labels=labels).loss, stock(**inputs, labels=labels).loss)
+    else:
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
         assert torch.equal(made.generate(**inputs, **options), stock.generate(**inputs, **options))
 
@@ -74,3 +82,17 @@ def test_experts_must_be_single(tmp_path: Path) -> None:
         extract(tmp_path / "moe", tmp_path / "dense")
     with pytest.raises(UsageError, match="without tasks: leave --task out"):
         extract(tmp_path / "moe", tmp_path / "dense", task="a")
+    with pytest.raises(UsageError, match="without tasks: leave --all-tasks out"):
+        extract_all(tmp_path / "moe", tmp_path / "dense")
+    tiny_moe("switch_transformers").save_pretrained(tmp_path / "switch")
+    with pytest.raises(UsageError, match="--keep 1 first"):
+        extract(tmp_path / "switch", tmp_path / "dense")
+
+
+def test_experts_that_run_one_by_one_are_no_dense_model(tmp_path: Path) -> None:
+    tiny_moe("mixtral").save_pretrained(tmp_path / "moe")
+    reduce(tmp_path / "moe", tmp_path / "skips", reduction_method("skip", {"threshold": 0.5}), verify="none")
+    with pytest.raises(UnsupportedError, match="run one by one: no dense model computes that"):
+        extract(tmp_path / "skips", tmp_path / "dense")
+    with pytest.raises(UnsupportedError, match=r"was reduced already, .* start from its source"):
+        reduce(tmp_path / "skips", tmp_path / "more", reduction_method("skip", {"threshold": 0.4}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,27 @@ def test_adapters_of_experts_are_what_they_merge_to(family: str, mapped: bool) -
     assert all(bool(p.grad.any()) for n, p in adapted.named_parameters() if ".lora_" in n)
 
 
-def test_our_adapters_send_experts_that_do_not_merge_to_peft() -> None:
-    model = small()
-    with pytest.raises(UnsupportedError, match=r"one by one .* target_parameters=\['experts.gate_up_proj'"):
-        get_peft_model(model, MeoLoraConfig(r=2))
+@pytest.mark.parametrize("family", [*ONE_PER_LAYOUT, "switch_transformers"])
+def test_our_adapters_send_experts_that_do_not_merge_to_peft(family: str) -> None:
+    """What the message names adapts every weight of every expert."""
+    model = reduced(several(family), several(family).stock(), {})
+    with pytest.raises(UnsupportedError, match=r"one by one .* target_parameters=\[") as raised:
+        get_peft_model(copy.deepcopy(model), MeoLoraConfig(r=2))
+    names = ast.literal_eval(str(raised.value).partition("target_parameters=")[2])
+    inside = [pair for _, module in merged_moe(model) for pair in module.named_parameters()]
+    matrices = sum(p.dim() > 1 and not name.endswith("bias") and "router" not in name for name, p in inside)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == matrices > 0
+
+
+def test_our_adapters_send_parts_to_peft(caplog: pytest.LogCaptureFixture) -> None:
     full = case_of("mixtral").merged(case_of("mixtral").stock(), level="unmerged")
     with pytest.raises(UnsupportedError, match="kept as parts: PEFT's own LoraConfig adapts those"):
         get_peft_model(in_parts(full, ragged(full, True)), MeoLoraConfig(r=2))
+    with caplog.at_level("WARNING"):
+        parts = LoraConfig(r=2, target_modules=[], target_parameters=["parts.down.A", "parts.down.B"])
+        get_peft_model(in_parts(full, ragged(full, True)), parts)
+    assert "does not touch" not in caplog.text
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

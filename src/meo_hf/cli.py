@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,7 +124,11 @@ def extract_command(
         for folder in extract_all(source, output, revision=source_revision, token=token, overwrite=overwrite).values():
             out.print(f"wrote {escape(str(folder))}: a dense checkpoint that needs no remote code", soft_wrap=True)
         return
-    written = extract(source, output, task=task, revision=source_revision, token=token, overwrite=overwrite)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        written = extract(source, output, task=task, revision=source_revision, token=token, overwrite=overwrite)
+    for one in told:
+        out.print(f"note: {one.message}", markup=False, soft_wrap=True)
     out.print(f"wrote {escape(str(written))}: a dense checkpoint that needs no remote code", soft_wrap=True)
 
 

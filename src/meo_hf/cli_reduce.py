@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,6 @@ from meo_hf.cli_options import (
     Private,
     PushRevision,
     PushToHub,
-    Seed,
     SourceRevision,
     Token,
     TrustRemoteCode,
@@ -115,14 +115,14 @@ def reduce_command(
             metavar="FILE[=WEIGHT]", help="Text, JSONL or Hub data set that shows how experts are used; repeat."
         ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per row of calibration text.")] = 512,
-    samples: Annotated[int, typer.Option(help="Rows of each calibration text.")] = 128,
+    window: Annotated[int | None, typer.Option(help="Tokens per row of calibration text.  [default: 512]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Rows of each calibration text.  [default: 128]")] = None,
     column: Annotated[
         str | None, typer.Option(help="Column of tables.  [default: messages where there is one, else text]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at a time.  [default: 8]")] = None,
     device: Annotated[str, typer.Option(help="Where calibration text is read: cpu, cuda or auto.")] = "cpu",
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn.  [default: 0]")] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy weight files that do not change, do not link them.")
     ] = False,
@@ -144,7 +144,6 @@ def reduce_command(
     commit_message: CommitMessage = None,
 ) -> None:
     """Make a mixture of experts smaller, or let it do less: prune, merge, factorise or skip experts."""
-    from meo_hf.errors import UsageError
     from meo_hf.reduction.calibration import Calibration
     from meo_hf.reduction.reduce import reduce, reduction_method
 
@@ -170,13 +169,15 @@ def reduce_command(
         "rule": rule,
         "threshold": threshold,
     }
-    options |= further_options(context.args, options)
-    if method is None and (idle := [key for key, value in options.items() if value is not None]):
-        raise UsageError(f"--{idle[0].replace('_', '-')} has no effect without --method: leave it out")
-    found = None if method is None else reduction_method(method, options, seed)
+    options |= further_options(context)
+    _no_effect({**options, "seed": seed} if method is None else {}, "without --method")
+    found = None if method is None else reduction_method(method, options, seed or 0)
+    rows = {"window": window, "samples": samples, "batch_size": batch_size, "column": column}
+    _no_effect({} if calibration else rows, "without --calibration")
     read = None
     if calibration:
-        read = Calibration(tuple(calibration), window, samples, seed, batch_size, column)
+        given = {key: value for key, value in rows.items() if value is not None}
+        read = Calibration(tuple(calibration), **{"seed": seed or 0, "batch_size": 8, **given})  # type: ignore[arg-type]
     with progress_bar() as progress:
         report = reduce(
             source,
@@ -211,23 +212,36 @@ def reduce_command(
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
 
 
-def further_options(arguments: list[str], known: Collection[str]) -> dict[str, str]:
-    """Return options `--name value` that the command has no words for: a new method may have such a field.
+def _no_effect(options: dict[str, Any], when: str) -> None:
+    """Raise UsageError for an option that is given where nothing reads it."""
+    from meo_hf.errors import UsageError
+
+    if idle := [key for key, value in options.items() if value is not None]:
+        raise UsageError(f"--{idle[0].replace('_', '-')} has no effect {when}: leave it out")
+
+
+def further_options(context: typer.Context) -> dict[str, str]:
+    """Return options `--name value` that the command has no words for, and some method has a field for.
 
     Raises UsageError for anything else.
     """
     from meo_hf.errors import UsageError
+    from meo_hf.reduction.methods import METHODS
 
+    own = {option for parameter in context.command.params for option in parameter.opts if option.startswith("--")}
+    further = {f"--{one.name.replace('_', '-')}" for method in METHODS.values() for one in fields(method)} - own
     found: dict[str, str] = {}
-    rest = list(arguments)
+    rest = list(context.args)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if not name.startswith("--") or key in known:
+        if not name.startswith("-"):
             raise UsageError(f"got an extra argument, {name}: meo-hf reduce takes SRC and OUT")
+        if name not in further:
+            near = get_close_matches(name.replace("_", "-"), [*own, *further], 1)
+            raise UsageError(f"no such option: {name}" + (f" (did you mean {near[0]}?)" if near else ""))
         if not equals and (not rest or rest[0].startswith("--")):
-            raise UsageError(f"no such option: {name}, or it lacks a value")
-        found[key] = value if equals else rest.pop(0)
+            raise UsageError(f"{name} lacks a value")
+        found[name.removeprefix("--").replace("-", "_")] = value if equals else rest.pop(0)
     return found
 
 

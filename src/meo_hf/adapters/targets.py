@@ -42,9 +42,12 @@ def stacks(model: nn.Module, role: str) -> list[str]:
                 "example with target_parameters=['parts.down.A', 'parts.down.B']"
             )
         if module._context.settings.level == "unmerged":
+            place = path.rpartition(".")[2]
+            weights = (name for name, p in module.named_parameters() if p.dim() > 1 and not name.endswith("bias"))
+            own = [f"{place}.{name}" for name in weights if "router" not in name]  # which is in JetMoE's blocks
             raise UnsupportedError(
                 f"the experts of {type(model).__name__} run one by one (level 'unmerged'), which takes PEFT's own "
-                "LoraConfig: target_parameters=['experts.gate_up_proj', 'experts.down_proj']"
+                f"LoraConfig: target_parameters={own}"
             )
         names = [name for name, p in module.named_parameters(recurse=False) if not name.endswith("bias")]
         if any(len(getattr(p, "ds_shape", p.shape)) != 3 for p in map(module.get_parameter, names)):

@@ -102,6 +102,8 @@ def extract_all(
     output = Path(output).expanduser().absolute()
     check_output(output, overwrite, [os.fspath(source)])
     folder, _, _ = locate(os.fspath(source), SourceOptions(revision=revision, token=token))
+    if is_mixture(folder):
+        raise UsageError(f"{folder} is a mixture of experts without tasks: leave --all-tasks out")
     tasks = settings_of(meo_config(folder)).tasks
     if wrong := [task for task in tasks if task in ("", ".", "..") or "/" in task or "\\" in task]:
         raise UsageError(f"task {wrong[0]!r} makes no name of a folder: extract the tasks one by one, with --task")
@@ -185,6 +187,11 @@ def _dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _task_index(settings: MeoSettings, task: str | None) -> int:
+    if settings.level == "unmerged":
+        raise UnsupportedError(
+            "at level 'unmerged' experts run one by one: no dense model computes that; a mixture that meo-hf reduce "
+            "leaves one expert per block (merged with --router merge) can be extracted"
+        )
     if settings.level != "task":
         raise UnsupportedError(
             f"only level 'task' can be extracted: at level {settings.level!r} the merged weights depend on the input"

@@ -26,9 +26,10 @@ from meo_hf.conversion.write import Targets, write_tensors
 from meo_hf.errors import CheckFailedError, UnsupportedError, UsageError
 from meo_hf.modeling.moe_families_meo import MoeFamily
 from meo_hf.modeling.moe_layouts_meo import moe_blocks
-from meo_hf.modeling.moe_settings_meo import num_experts_of
+from meo_hf.modeling.moe_settings_meo import num_experts_of, top_k_of
 from meo_hf.modeling.remote_meo import heads_of
 
+_LEFT = ("model_type", "architectures", "auto_map", "transformers_version")
 TOLERANCE = 1e-5
 """The largest difference of two models' outputs, in shares of the largest output, that is rounding in float32."""
 
@@ -93,7 +94,7 @@ def extract_single(source: Source, output: Path, max_shard_size: str, overwrite:
     if (count := num_experts_of(source.config, family)) != 1:
         raise UsageError(
             f"{source.name} has {count} experts in each block, a dense model has one: leave one with meo-hf reduce "
-            "--keep 1 --top-k 1 first"
+            f"--keep 1{' --top-k 1' if top_k_of(source.config, family) > 1 else ''} first"
         )
     stock, config = source.meta_model(), dense_config(source.config, sibling)
     kind = dense_class(source, config)
@@ -105,14 +106,21 @@ def extract_single(source: Source, output: Path, max_shard_size: str, overwrite:
         config.save_pretrained(folder)
         write_companions(source, folder)
         _compare(source, folder, kind)
+    if (limit := getattr(source.config, "expert_capacity", None)) is not None:
+        warnings.warn(
+            f"{source.name} lets all but {limit} tokens of a row pass its expert by (expert_capacity); the dense "
+            "model does not, so longer rows come out otherwise",
+            stacklevel=3,
+        )
     return output
 
 
 def dense_config(config: PreTrainedConfig, sibling: Sibling) -> PreTrainedConfig:
-    """Return a mixture's config as its sibling's: the values that both know, and those under other names."""
+    """Return a mixture's config as its sibling's: all values but those that only mixtures have."""
     kind = CONFIG_MAPPING[sibling.model_type]
-    known, values = kind().to_dict(), copy.deepcopy(config.to_dict())
-    kept = {key: value for key, value in values.items() if key in known and key not in ("model_type", "architectures")}
+    known, own = kind().to_dict(), {*type(config)().to_dict(), *_LEFT} - {"bos_token_id"}  # which T5 has, if it is told
+    values = copy.deepcopy(config.to_dict())
+    kept = {key: value for key, value in values.items() if (key in known or key not in own) and key not in _LEFT}
     renamed = {new: values[old] for new, old in sibling.renamed.items()}
     if "layer_types" in known and "layer_types" not in values:
         windowed = getattr(config, "sliding_window", None) is not None

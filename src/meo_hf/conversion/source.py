@@ -183,8 +183,9 @@ def load_config(folder: Path, gguf_file: str | None, options: SourceOptions) -> 
         raise UnsupportedError(f"{folder} keeps its experts as parts, which only run one by one: start from its source")
     if isinstance(raw.get("meo"), dict) and raw["meo"].get("level") == "unmerged":
         raise UnsupportedError(
-            f"{folder} has our class already, at level 'unmerged', and its weights can stay: load it with "
-            "from_pretrained(..., trust_remote_code=True, meo={'level': 'segment'}) and save that"
+            f"{folder} was reduced already, and its experts run one by one (level 'unmerged'): to reduce it otherwise "
+            "start from its source; to merge its experts load it with from_pretrained(..., trust_remote_code=True, "
+            "meo={'level': 'segment'}) and save that"
         )
     if model_type.startswith("meo_") or "meo" in raw:
         raise UnsupportedError(f"{folder} is a MEO model already: nothing to convert; `meo-hf inspect` shows it")

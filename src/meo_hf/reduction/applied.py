@@ -142,8 +142,8 @@ def apply_plan(
             left_out += names
         elif counted is None or block is None:
             targets |= _copied(found)
-        elif (stack_name(counted.kind, family) if counted.kind else live) in parted.replaced:
-            continue
+        elif counted.number is None and live in parted.replaced:
+            _check_whole(source, counted, found)
         elif counted.number is not None:
             modules.setdefault(counted.kind, {})[counted.number] = (counted, found)
         else:
@@ -151,9 +151,11 @@ def apply_plan(
             special = counted.of_experts and block.how != "mean"
             make = partial(joined, counted.block, block, live) if special else None
             targets |= _copied(found) if rows is None else _made(source, counted, found, rows, stock, made, make)
-    for each in modules.values():
-        block = plan.blocks[next(iter(each.values()))[0].block]
-        targets |= _of_modules(source, each, block, joined, stack_name(next(iter(each.values()))[0].kind, family))
+    for kind, each in modules.items():
+        block, stack = plan.blocks[next(iter(each.values()))[0].block], stack_name(kind, family)
+        refs = _in_order(source, each, kind)
+        if stack not in parted.replaced:
+            targets |= _of_modules(each[0][0], refs, block, joined, stack)
     parts: dict[str, str] = {}
     for spec, compute in parted.tensors():
         own = LiveTensor(spec.name, compute, made, spec)
@@ -213,17 +215,17 @@ def _of_single(refs: Sequence[TensorRef], experts: int, rows: Sequence[Row]) -> 
     return made
 
 
-def _of_modules(
-    source: Source, each: dict[int, tuple[Counted, StoredTensor]], block: BlockPlan, joined: Joined, stack: str
-) -> Targets:
+def _in_order(source: Source, each: dict[int, tuple[Counted, StoredTensor]], kind: str) -> list[TensorRef]:
+    """Return one tensor of all experts that are modules; raises CheckpointError where an expert lacks it."""
+    experts = next(iter(each.values()))[0].experts
+    if lost := sorted(set(range(experts)) - set(each)):
+        raise CheckpointError(f"{source.name} lacks expert {lost[0]} of {kind}")
+    return [ref for number in range(experts) for own in each[number][1].refs.values() for ref in own]
+
+
+def _of_modules(counted: Counted, refs: Sequence[TensorRef], block: BlockPlan, joined: Joined, stack: str) -> Targets:
     """Return what becomes of one tensor of experts that are modules; `stack` is its name in our class."""
-    refs = []
-    for number in range(len(each)):
-        if number not in each:
-            raise CheckpointError(f"{source.name} lacks expert {number} of {next(iter(each.values()))[0].kind}")
-        found = each[number][1]
-        refs += [ref for own in found.refs.values() for ref in own]
     if block.how == "mean":
         return _of_single(refs, len(refs), block.experts)
-    make = partial(joined, each[0][0].block, block, stack)
+    make = partial(joined, counted.block, block, stack)
     return {refs[new].spec.name: (refs[new].spec, Slice(make, new)) for new in range(block.count)}

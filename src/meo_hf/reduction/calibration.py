@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meo_hf.errors import UsageError
-from meo_hf.reduction.calibration_rows import domain_rows
+from meo_hf.reduction.calibration_rows import domain_rows, is_plain
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def read_calibration(settings: Calibration, tokenizer: Any) -> CalibrationRows:
     be read or gives no row, UnsupportedError where the package `datasets` is needed and missing.
     """
     parsed = [parse_text(text) for text in settings.texts]
+    if settings.column is not None and all(is_plain(name) for name, _ in parsed):
+        raise UsageError("--column has no effect on plain text: leave it out")
     found = []
     for name, _ in parsed:
         rows = domain_rows(name, tokenizer, settings.window, settings.samples, settings.seed, settings.column)

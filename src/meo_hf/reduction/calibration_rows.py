@@ -22,15 +22,20 @@ def domain_rows(name: str, tokenizer: Any, window: int, samples: int, seed: int,
     path = Path(name).expanduser()
     if path.is_dir():
         raise UsageError(f"{OPTION} {name} is a folder: give the files in it")
-    suffix = path.suffix.lower()
-    if path.exists() and suffix not in (*TABLES, ".parquet"):
+    if is_plain(name):
         return _windows(read_text(path, OPTION), tokenizer, window, samples, seed)
-    if path.exists() and suffix in TABLES:
+    if path.exists() and path.suffix.lower() in TABLES:
         found: Iterable[Any] = _drawn(list(records(path, OPTION)), seed)
     else:
         found = _data_set(name, path, seed)
     rows = (_row(one, column, name, tokenizer) for one in found)
     return [row[:window] for row in itertools.islice(filter(None, rows), samples)]
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a text is a file without rows and columns."""
+    path = Path(name).expanduser()
+    return path.exists() and path.suffix.lower() not in (*TABLES, ".parquet")
 
 
 def _windows(text: str, tokenizer: Any, window: int, samples: int, seed: int) -> list[list[int]]:

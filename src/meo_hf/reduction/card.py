@@ -121,6 +121,7 @@ Made with meo_hf {report.versions["meo_hf"]}; `meo_report.json` has the hash of 
 def _calibration(report: ReductionReport) -> str:
     found = report.calibration
     if found is None:
-        return "none: the method reads weights alone"
+        judged = report.method.get("metric")
+        return "none: the method reads weights alone" if judged is None else f"none: `{judged}` judges candidates"
     domains = "; ".join(f"{public_name(one['name'])} ({one['tokens']:,} tokens)" for one in found["domains"])
     return domains

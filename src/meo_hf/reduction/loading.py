@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from meo_hf.conversion.source import Source, first_line, meta_model, quiet_transformers
-from meo_hf.errors import CheckpointError, MeoError, SourceError
+from meo_hf.errors import CheckpointError, MeoError, SourceError, UsageError
 from meo_hf.modeling.configuration_meo import SCHEMA_VERSION, meo_config_class
 from meo_hf.modeling.fewer_meo import resized_config
 from meo_hf.modeling.modeling_meo import meo_model_class
@@ -61,6 +61,17 @@ def load_unmerged(
     if options["device_map"] == "auto":
         weakref.finalize(model, folder.cleanup)
     return model.eval().requires_grad_(False)
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device that is not here, or is no name of one."""
+    if device == "auto":
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error)
+        raise UsageError(f"--device {device} cannot be used here ({reason}): give cpu, cuda or auto") from None
 
 
 def load_options(source: Source, device: str) -> dict[str, Any]:

@@ -230,7 +230,8 @@ class _Watch:
             )
         index, gates = index.reshape(len(x), -1)[real], gates.reshape(len(x), -1)[real]
         if not bool(torch.isfinite(gates).all()):
-            raise UnsupportedError(f"{path}: gates are not finite in {gates.dtype}: load the model in a wider type")
+            what = "check the weights" if gates.dtype == torch.float32 else "load the model in a wider type"
+            raise UnsupportedError(f"{path}: gates are not finite in {gates.dtype}: {what}")
         call = self._calls.pop(path)
         logits = None if call.logits is None else call.logits.reshape(len(x), -1)[real]
         weights = self._batch.token_weights.reshape(-1).to(x.device)[real]

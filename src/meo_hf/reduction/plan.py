@@ -125,9 +125,9 @@ class ReductionPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan, and its matrices beside it as `NAME.matrices`, which is a safetensors file."""
-        path.write_text(self.to_json(), "utf-8")
         if self.matrices:
-            path.with_suffix(".matrices").write_bytes(save(self.matrices))
+            _put(path.with_suffix(".matrices"), save(self.matrices))
+        _put(path, self.to_json().encode())
 
     def to_json(self) -> str:
         """Return the plan as text: the same plan gives the same bytes."""
@@ -165,12 +165,12 @@ class ReductionPlan:
             raise CheckpointError(f"{name} is no plan of meo-hf reduce ({error!r}): make it anew") from None
 
     @classmethod
-    def load(cls, path: Path) -> ReductionPlan:
-        """Read a plan from a file; raises UsageError where there is none."""
+    def load(cls, path: Path, option: str = "--plan") -> ReductionPlan:
+        """Read a plan from a file that an option names; raises UsageError where there is none."""
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--plan {path} cannot be read ({error}): give a plan.json") from None
+            raise UsageError(f"{option} {path} cannot be read ({error}): give a plan.json") from None
         plan, beside = cls.from_json(text, str(path)), path.with_suffix(".matrices")
         if plan.given is None:
             return plan
@@ -181,6 +181,16 @@ class ReductionPlan:
         if hash_of(found) != plan.given:
             raise CheckpointError(f"{beside} is missing or not what {path.name} names: make the plan anew")
         return replace(plan, matrices=found)
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file beside, then rename it."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def hash_of(matrices: dict[str, Tensor]) -> str | None:
@@ -205,7 +215,10 @@ def _check_kinds(values: dict[str, Any]) -> None:
     for key, kind in _PLAIN.items():
         if key in values and (not isinstance(values[key], kind) or isinstance(values[key], bool)):
             raise TypeError(f"{key} is {values[key]!r}")
-    str(values["method"]["name"]), list(values.get("calibration", {"domains": ()})["domains"])
+    str(values["method"]["name"])
+    for domain in values.get("calibration", {"domains": ()})["domains"]:
+        if not isinstance(domain["name"], str) or not isinstance(domain["tokens"], int):
+            raise TypeError(f"a text of the calibration is {domain!r}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

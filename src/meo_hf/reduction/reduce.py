@@ -29,6 +29,7 @@ from meo_hf.reduction.applied import Application, apply_plan
 from meo_hf.reduction.calibration import Calibration
 from meo_hf.reduction.card import write_card
 from meo_hf.reduction.joined import JoinedBlocks
+from meo_hf.reduction.loading import check_device
 from meo_hf.reduction.methods import METHODS, Method
 from meo_hf.reduction.outcome import Outcome, outcome_of
 from meo_hf.reduction.parted import PartedBlocks
@@ -39,6 +40,7 @@ from meo_hf.reduction.workbench import Workbench, weights_fingerprint
 from meo_hf.version import versions
 
 PLAN_NAME = "plan.json"
+SHARD_SIZE = "5GB"
 
 
 def reduce(
@@ -53,7 +55,7 @@ def reduce(
     device: str = "cpu",
     save_plan: str | os.PathLike[str] | None = None,
     copy: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD_SIZE,
     source_revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -85,10 +87,11 @@ def reduce(
         raise UsageError(f"{idle[0]} has no effect on a --plan, which holds what was decided: leave it out")
     if top_k is not None and top_k < 1:
         raise UsageError(f"--top-k {top_k} is too small: give a whole number >= 1")
-    place = None if save_plan is None else _plan_place(Path(save_plan).expanduser())
+    place = None if save_plan is None else _plan_place(Path(save_plan).expanduser(), os.fspath(source), overwrite)
     if verify not in MODES:
         raise UsageError(f"--verify {verify!r} is unknown: give one of {', '.join(MODES)}")
     check_shard_size(max_shard_size)
+    check_device(device)
     check_push(push_to_hub, private, push_revision, commit_message)
     output, name = Path(output).expanduser().absolute(), os.fspath(source)
     read = SourceOptions(source_revision, token, trust_remote_code, allow_pickle)
@@ -114,6 +117,10 @@ def reduce(
         report.plan = decided
         reading = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         report.options = {"copy": copy, "max_shard_size": max_shard_size, **reading}
+        if copy and made is not None:
+            report.warnings.append("--copy had no effect: the weights change, so they are written anew")
+        if max_shard_size != SHARD_SIZE and made is None:
+            report.warnings.append("--max-shard-size had no effect: the weights do not change, so their files stay")
         if place is not None:
             _save_plan(decided, place)
         if dry_run:
@@ -141,10 +148,14 @@ def reduce(
     return report
 
 
-def _plan_place(path: Path) -> Path:
+def _plan_place(path: Path, source: str, overwrite: bool) -> Path:
     """Return where a plan is to be saved; raises UsageError where that cannot be, before anything costs time."""
     if path.is_dir() or not path.parent.is_dir() or path.suffix == ".matrices":
         raise UsageError(f"--save-plan {path}: name a file like plan.json, in a folder that exists")
+    if Path(source).expanduser().resolve() in path.resolve().parents:
+        raise UsageError(f"--save-plan {path} is in the source's folder, which is never written to: name another place")
+    if not overwrite and (old := next((one for one in (path, path.with_suffix(".matrices")) if one.exists()), None)):
+        raise UsageError(f"--save-plan: {old} exists: name another file, or pass --overwrite")
     return path
 
 
@@ -190,6 +201,12 @@ def _report(
     )
     old_k = top_k_of(source.config, work.family)
     warnings = []
+    capacity = getattr(source.config, "expert_capacity", None)
+    if capacity is not None and outcome.counts != work.mixture.blocks:
+        warnings.append(
+            f"each expert takes at most {capacity} tokens of a row (expert_capacity), and fewer share them now: "
+            "more tokens may pass by; raise it in config.json where rows are long"
+        )
     if made is not None and made.left_out:
         warnings.append(
             f"{len(made.left_out)} tensors that {source.model_class().__name__} does not load were left out, e.g. "
@@ -197,6 +214,8 @@ def _report(
         )
     if work.calibration is not None and not work.has_read:
         warnings.append("the calibration text was not read: this method needs none")
+    if work.device != "cpu" and not work.has_read:
+        warnings.append(f"--device {work.device} had no effect: no text was read")
     for path, experts in work.untouched.items():
         warnings.append(
             f"no token of the calibration text reached {len(experts)} of {work.mixture.blocks[path]} experts of "

@@ -79,7 +79,7 @@ class LowRank:
         whole = {path: BlockPlan(rows, rows) for path, rows in kept.items()}
         if self.after is None:
             return ReductionPlan({}, {}, whole)
-        found = ReductionPlan.load(Path(self.after).expanduser())
+        found = ReductionPlan.load(Path(self.after).expanduser(), "--after")
         if found.source.get("fingerprint") != weights_fingerprint(work.source):
             raise UsageError(f"--after {self.after} was made for other weights than {work.source.name}'s")
         if work.top_k is not None:

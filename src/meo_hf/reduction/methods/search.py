@@ -67,10 +67,14 @@ class Search:
     def _evolution(self) -> Evolution:
         try:
             pruning, merging = map(int, self.generations.split(","))
+            if min(pruning, merging) < 0:
+                raise ValueError
         except ValueError:
             raise UsageError(
-                f"--generations {self.generations!r} is not understood: give two numbers, like 40,160"
+                f"--generations {self.generations!r} is not understood: give two numbers from 0, like 40,160"
             ) from None
+        if self.population < 1:
+            raise UsageError(f"--population {self.population} is too small: give at least 1")
         return Evolution(
             population=self.population,
             parents=max(2, self.population // 2),
