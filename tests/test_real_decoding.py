@@ -1,6 +1,6 @@
 """SmolLM2-135M with experts that differ: a batch of left-padded prompts says what each prompt says alone.
 
-`MEO_LONG=1` runs all 8 prompts and 200 new tokens with experts in all layers; otherwise 3 prompts, 16 tokens and the
+`MEO_LONG=1` runs all 8 prompts and 200 new tokens with experts in all layers; otherwise 3 prompts, 12 tokens and the
 last 10 layers.
 """
 
@@ -20,7 +20,7 @@ from meo_hf import convert
 
 pytestmark = pytest.mark.xdist_group("real_decoding")  # one worker: the model is made once
 LONG = bool(os.environ.get("MEO_LONG"))
-TOKENS = 200 if LONG else 16
+TOKENS = 200 if LONG else 12
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, in a village by the sea, there lived an old fisherman who had never",
@@ -54,7 +54,7 @@ def model(folder: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("routing", "beams"), [("prompt", 1), ("segment", 4)])
+@pytest.mark.parametrize(("routing", "beams"), [("prompt", 1), ("segment", 4 if LONG else 2)])
 def test_batch_of_prompts_is_each_alone(model: PreTrainedModel, folder: Path, routing: str, beams: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=True)
     prompts = PROMPTS if LONG else PROMPTS[:3]

