@@ -17,7 +17,7 @@ from meo_hf.conversion.source import open_source
 from meo_hf.reduction.plan import BlockPlan, ReductionPlan
 from meo_hf.reduction.reduce import reduce
 from meo_hf.reduction.report import ReductionReport
-from meo_hf.reduction.workbench import Workbench, weights_fingerprint
+from meo_hf.reduction.workbench import Workbench
 
 LAYOUTS = ("mixtral", "gpt_oss", "dbrx", "jetmoe", "llama4_text", "switch_transformers", "nllb-moe", "longcat_flash")
 BY_TOKEN = ("deepseek_v4",)
@@ -46,7 +46,7 @@ def apply(
     source: Path, output: Path, blocks: dict[str, BlockPlan], verify: str = "none", **plan: Any
 ) -> ReductionReport:
     """Reduce by a plan that is given by hand."""
-    found = weights_fingerprint(bench_of(source).source)
+    found = bench_of(source).fingerprint
     made = ReductionPlan({"name": "by hand"}, {"id": source.name, "fingerprint": found}, blocks, **plan)
     return reduce(source, output, plan=made, verify=verify)
 

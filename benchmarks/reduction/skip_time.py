@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ from meo_hf.modeling.configuration_meo import meo_config_class
 from meo_hf.modeling.modeling_meo import meo_model_class
 from meo_hf.modeling.moe_meo import merged_moe
 from meo_hf.modeling.unmerged_meo import chosen
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+from timing import in_turns
 
 HIDDEN, EXPERTS, INTERMEDIATE, LAYERS, VOCAB = 512, 16, 1024, 4, 2048
 
@@ -88,19 +92,6 @@ def timed(model: Any, ids: torch.Tensor, steps: int) -> Callable[[], float]:
         return (time.perf_counter() - start) / max(steps, 1)
 
     return run
-
-
-def in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Time all calls in turns, each round beginning with the next one; a first round is dropped."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            seconds = calls[name]()
-            if number:
-                found[name].append(seconds)
-    return found
 
 
 def variants(top_k: int, experts: str, device: str) -> dict[str, Any]:

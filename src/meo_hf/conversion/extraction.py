@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def extract(
     if is_mixture(folder):
         if task is not None:
             raise UsageError(f"{folder} is a mixture of experts without tasks: leave --task out")
-        return extract_single(open_source(os.fspath(source), options), output, max_shard_size, overwrite)
+        with closing(open_source(os.fspath(source), options)) as opened:
+            return extract_single(opened, output, max_shard_size, overwrite)
     config = meo_config(folder)
     settings = settings_of(config)
     index = _task_index(settings, task)

@@ -153,7 +153,7 @@ def _targets(
         name = live  # dense layers among sparse ones are named as those are
         if live not in state:
             name = next((live.replace(f".{own}.", f".{sibling.block}.") for own in set(blocks.values())), live)
-        recipes[name] = (found, _copied(found))
+        recipes[name] = (found, Copied(found.first))
     lost = (set(recipes) - set(state)) | (set(state) - set(recipes) - set(made.all_tied_weights_keys))
     if lost:
         raise UnsupportedError(f"{source.name} and {sibling.model_type} have other weights, e.g. {min(lost)}")
@@ -176,15 +176,11 @@ def _of_block(
     """Yield what becomes of a tensor of a block: names in the sibling, and how each is made."""
     place, own = f"{block.rpartition('.')[0]}.{sibling.block}", live.removeprefix(f"{block}.experts.")
     if own.startswith("expert_0."):
-        yield f"{place}.{own.removeprefix('expert_0.')}", _copied(found)
+        yield f"{place}.{own.removeprefix('expert_0.')}", Copied(found.first)
     elif own in ("gate_up_proj", "down_proj"):
         maps = sibling.linears[:-1] if own == "gate_up_proj" else sibling.linears[-1:]
         for number, name in enumerate(maps):
             yield f"{place}.{name}.weight", OfExpert(found, stock, len(maps), number)
-
-
-def _copied(found: StoredTensor) -> Copied:
-    return Copied(next(ref for refs in found.refs.values() for ref in refs))
 
 
 def _compare(source: Source, folder: Path, kind: type[PreTrainedModel]) -> None:

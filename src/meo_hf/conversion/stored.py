@@ -27,7 +27,12 @@ class StoredTensor:
     @property
     def dtype(self) -> str:
         """The type on disk, by its safetensors code."""
-        return next(ref.spec.dtype for refs in self.refs.values() for ref in refs)
+        return self.first.spec.dtype
+
+    @property
+    def first(self) -> TensorRef:
+        """The first of its tensors on disk; of one that is only renamed the only one."""
+        return next(ref for refs in self.refs.values() for ref in refs)
 
     def load(self, model: PreTrainedModel) -> Tensor:
         """Read the live tensor."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from meo_hf.conversion.source import first_line, quiet_transformers
 from meo_hf.errors import MeoError, UsageError
 from meo_hf.reduction.calibration import Batch
-from meo_hf.reduction.counted import Mixture
+from meo_hf.reduction.counted import Mixture, combined
 from meo_hf.reduction.outcome import outcome_of
 from meo_hf.reduction.plan import BlockPlan, ReductionPlan
 from meo_hf.reduction.workbench import Workbench
@@ -51,8 +51,8 @@ class Candidates:
                 new[one.live].copy_(one.select(self._old[one.live], rows))
             elif one.number < len(rows):
                 name = one.kind.replace(".expert_.", ".expert_{}.")
-                parts = [self._old[name.format(old)].float() * weight for old, weight in rows[one.number]]
-                new[one.live].copy_(torch.stack(parts).sum(0))
+                old = {number: self._old[name.format(number)] for number, _ in rows[one.number]}
+                new[one.live].copy_(combined(old, rows[one.number]))
         return self.model
 
 

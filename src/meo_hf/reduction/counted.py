@@ -6,7 +6,7 @@ Legend: E experts of a block.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,7 @@ class Counted:
         if all(len(row) == 1 and row[0][1] == 1.0 for row in rows):
             made = own[[row[0][0] for row in rows]]
         else:
-            made = torch.stack([_combined(own, row) for row in rows]).to(tensor.dtype)
+            made = torch.stack([combined(own, row) for row in rows]).to(tensor.dtype)
         whole = torch.cat([made.flatten(0, 1), moved[self.experts * self.per :]])
         return whole.movedim(0, self.axis).contiguous()
 
@@ -64,7 +64,8 @@ class Counted:
         return (*shape[: self.axis], count * self.per + self.beyond, *shape[self.axis + 1 :])
 
 
-def _combined(own: Tensor, row: Row) -> Tensor:
+def combined(own: Tensor | Mapping[int, Tensor], row: Row) -> Tensor:
+    """Return the sum of old experts' tensors that a row says, made in float32."""
     return torch.stack([own[old].float() * weight for old, weight in row]).sum(0)
 
 

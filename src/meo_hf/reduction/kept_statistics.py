@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from meo_hf.conversion.linking import weight_files
+from meo_hf.conversion.safetensors_files import sha256_of
 from meo_hf.conversion.source import Source
 from meo_hf.errors import CheckpointError
 from meo_hf.reduction.statistics import State, Statistic, check_state
 from meo_hf.version import versions
 
 ENVIRONMENT = "MEO_HF_STATISTICS"
-_CHUNK = 2**24
 
 
 def statistics_folder(folder: str | Path | None = None) -> Path:
@@ -32,14 +32,29 @@ def statistics_folder(folder: str | Path | None = None) -> Path:
     return Path(folder or os.environ.get(ENVIRONMENT) or Path(HF_HOME, "meo_hf", "statistics")).expanduser()
 
 
-def statistics_key(source: Source, calibration: str, statistics: Sequence[Statistic], how: Mapping[str, Any]) -> str:
+def weights_fingerprint(source: Source) -> str:
+    """Return a hash of all weight files; no path is part of it.
+
+    They are hashed whole: a header is the same in every checkpoint of an architecture.
+    """
+    found = {path.name: file_hash(path) for path in weight_files(source)}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def statistics_key(
+    source: Source,
+    calibration: str,
+    statistics: Sequence[Statistic],
+    how: Mapping[str, Any],
+    fingerprint: str | None = None,
+) -> str:
     """Return a hash of weights, config, calibration rows, statistics and their options, versions, and `how` it was run.
 
-    Weights are hashed whole: a header is the same in every checkpoint of an architecture.
+    `fingerprint` is that of the weights, where it is known.
     """
     known = versions()
     parts = {
-        "weights": {path.name: file_hash(path) for path in weight_files(source)},
+        "weights": fingerprint or weights_fingerprint(source),
         "config": source.config.to_dict(),
         "calibration": calibration,
         "statistics": [_described(one) for one in statistics],
@@ -54,11 +69,7 @@ def file_hash(path: Path) -> str:
     blob = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", blob):
         return blob
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+    return sha256_of(path)
 
 
 def _described(statistic: Statistic) -> list[Any]:

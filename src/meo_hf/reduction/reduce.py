@@ -36,7 +36,7 @@ from meo_hf.reduction.parted import PartedBlocks
 from meo_hf.reduction.plan import ReductionPlan
 from meo_hf.reduction.report import ReductionReport
 from meo_hf.reduction.verification import verify_reduction
-from meo_hf.reduction.workbench import Workbench, weights_fingerprint
+from meo_hf.reduction.workbench import Workbench
 from meo_hf.version import versions
 
 PLAN_NAME = "plan.json"
@@ -170,8 +170,7 @@ def _decide(work: Workbench, method: Method | None, plan: Any) -> ReductionPlan:
     if method is not None:
         return method.decide(work)
     known = plan if isinstance(plan, ReductionPlan) else ReductionPlan.load(Path(plan).expanduser())
-    found = weights_fingerprint(work.source)
-    if known.source.get("fingerprint") != found:
+    if known.source.get("fingerprint") != work.fingerprint:
         raise UsageError(
             f"--plan was made for {known.source.get('id')}, whose weight files differ from {work.source.name}'s: make "
             "a plan of this one"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from meo_hf.conversion.fetch import SourceOptions
-from meo_hf.conversion.linking import weight_files
 from meo_hf.conversion.moe_plan import moe_family, parse_moe_layers
 from meo_hf.conversion.progress import SILENT, Progress
 from meo_hf.conversion.source import Source, public_name
@@ -26,10 +23,10 @@ from meo_hf.reduction.budget import Limits
 from meo_hf.reduction.calibration import Calibration, CalibrationRows, read_calibration
 from meo_hf.reduction.counted import Mixture, mixture_of
 from meo_hf.reduction.kept_statistics import (
-    file_hash,
     read_statistics,
     statistics_folder,
     statistics_key,
+    weights_fingerprint,
     write_statistics,
 )
 from meo_hf.reduction.loading import load_options, load_unmerged
@@ -95,6 +92,12 @@ class Workbench:
         return found
 
     @cached_property
+    def fingerprint(self) -> str:
+        """What the weights are, hashed once."""
+        self.progress.stage("hashing weights", 0)
+        return weights_fingerprint(self.source)
+
+    @cached_property
     def rows(self) -> CalibrationRows:
         """The calibration text in tokens; raises UsageError where none was given."""
         if self.calibration is None:
@@ -138,25 +141,18 @@ class Workbench:
 
     def _kept(self, statistics: Sequence[Statistic], paths: Sequence[str]) -> Path:
         """Return where statistics of these rows are kept, by a hash of all that they depend on."""
-        self.progress.stage("hashing weights", 0)
         how: dict[str, Any] = {"blocks": sorted(paths), "batch": self.rows.settings.batch_size, "device": self.device}
         how["type"] = str(load_options(self.source, self.device)["dtype"])
         how["top_k"] = self.top_k
-        key = statistics_key(self.source, self.rows.sha256, statistics, how)
+        key = statistics_key(self.source, self.rows.sha256, statistics, how, self.fingerprint)
         return statistics_folder() / f"{key}.safetensors"
 
     def planned(self, method: Any, blocks: dict[str, BlockPlan], **more: Any) -> ReductionPlan:
         """Return a plan of this source by a method."""
         name, commit = self.source.public_name, self.source.commit
-        source = {"id": name, "commit": commit, "fingerprint": weights_fingerprint(self.source)}
+        source = {"id": name, "commit": commit, "fingerprint": self.fingerprint}
         options = {"name": method.name, **asdict(method), "layers": self.layers}
         options.pop("state", None)  # where a search is kept says nothing of what it found
         options |= {key: public_name(options[key]) for key in ("pretrained", "metric", "after") if options.get(key)}
         found = self.rows.describe() if self.has_read else None
         return ReductionPlan(options, source, blocks, top_k=self.top_k, calibration=found, **more)
-
-
-def weights_fingerprint(source: Source) -> str:
-    """Return a hash of all weight files; no path is part of it."""
-    found = {path.name: file_hash(path) for path in weight_files(source)}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

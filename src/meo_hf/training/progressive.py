@@ -23,9 +23,9 @@ from meo_hf.modeling.errors_meo import MeoConfigError
 from meo_hf.modeling.moe_layouts_meo import layer_number
 from meo_hf.modeling.moe_settings_meo import top_k_of
 from meo_hf.reduction.budget import Limits, highest
+from meo_hf.reduction.kept_statistics import weights_fingerprint
 from meo_hf.reduction.outcome import limits_of
 from meo_hf.reduction.plan import BlockPlan, ReductionPlan, one_hot
-from meo_hf.reduction.workbench import weights_fingerprint
 from meo_hf.training.narrowing import Narrowing
 from meo_hf.training.routers import RouterTap, gates_of, stock_mixture
 

@@ -16,7 +16,7 @@ from meo_hf.reduction.parted import PartedBlocks, expert_maps
 from meo_hf.reduction.plan import BlockPlan, MapParts, ReductionPlan, one_hot
 from meo_hf.reduction.rank_budget import apportion, map_budget, smoothed
 from meo_hf.reduction.statistics import Frequency, Reap, Statistic
-from meo_hf.reduction.workbench import Workbench, weights_fingerprint
+from meo_hf.reduction.workbench import Workbench
 
 CENTERS = ("none", "mean")
 IMPORTANCE: dict[str, type[Statistic]] = {"frequency": Frequency, "reap": Reap}
@@ -80,7 +80,7 @@ class LowRank:
         if self.after is None:
             return ReductionPlan({}, {}, whole)
         found = ReductionPlan.load(Path(self.after).expanduser(), "--after")
-        if found.source.get("fingerprint") != weights_fingerprint(work.source):
+        if found.source.get("fingerprint") != work.fingerprint:
             raise UsageError(f"--after {self.after} was made for other weights than {work.source.name}'s")
         if work.top_k is not None:
             raise UsageError("--top-k has no effect with --after, whose plan says what is selected: leave it out")

@@ -56,19 +56,15 @@ class Prune:
             counts = uniform_counts(self.keep, work.limits)
             kept, notes = SUBSETS[self.score](work, self, counts)
             return work.planned(self, _blocks(kept), notes=notes)
-        if self.budget == "uniform":
-            uniform_counts(self.keep, work.limits)  # before anything costs time
+        uniform = self.budget == "uniform"
+        counts = uniform_counts(self.keep, work.limits) if uniform else {}  # before anything costs time
         scores = SCORES[self.score](work, self)
         for path, own in scores.items():
             if wrong := [expert for expert, score in enumerate(own) if not math.isfinite(score)]:
                 raise CheckpointError(
                     f"--score {self.score} of experts {wrong} of {path} is not finite: check the weights"
                 )
-        counts = (
-            uniform_counts(self.keep, work.limits)
-            if self.budget == "uniform"
-            else global_counts(self.keep, scores, work.limits)
-        )
+        counts = counts or global_counts(self.keep, scores, work.limits)
         kept = {path: highest(scores[path], counts[path], work.limits[path]) for path in work.limits}
         return work.planned(self, _blocks(kept), scores=scores)
 

@@ -45,7 +45,8 @@ def _observed(make: type) -> Callable[[Workbench, Prune], Scores]:
     def scores(work: Workbench, method: Prune) -> Scores:
         observer = make()
         work.observe(observer)
-        return {path: observer.result()[path].tolist() for path in work.limits}
+        found = observer.result()
+        return {path: found[path].tolist() for path in work.limits}
 
     return scores
 

@@ -38,7 +38,8 @@ class Skip:
         if limit is None:
             ratios = TailRatio()
             work.observe(ratios)
-            limit = {path: float(ratios.result()[path]) for path in work.limits}
+            found = ratios.result()
+            limit = {path: float(found[path]) for path in work.limits}
         elif set(work.limits) != set(work.mixture.blocks):
             limit = dict.fromkeys(work.limits, limit)
         return work.planned(self, {}, skip={"rule": self.rule, "threshold": limit})
